@@ -1,7 +1,7 @@
 """Dreamer in one file: learn a world model from pixels, then learn to act inside its imagination.
 
     python dreamer.py --device cpu               train on CartPole's pixels: runs/CartPole-v1-0
-    python dreamer.py --eval runs/CartPole-v1-0  play unseen episodes with the agent that came out
+    python dreamer.py --eval runs/CartPole-v1-0  play unseen episodes with what came out
 
 Read it from top to bottom with the lesson at hand; the sections carry the lesson's numbers:
 1 Setup - 2 World Model Update - 3 Behavior Learning - 4 Training Loop - 5 Self-Evaluation Metrics.
@@ -67,10 +67,12 @@ if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get(
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
 import pygame  # noqa: E402
 
+Tensors = tuple[Tensor, ...]
+Named = dict[str, Tensor]  # rows of replay by column, metrics by key
+Optimizers = dict[str, torch.optim.Optimizer]  # for "world_model", "actor" and "critic"
 
 class DreamerError(Exception):
     """Something that the user can put right; the command line prints it as one line."""
-
 
 @dataclass
 class Config:
@@ -102,14 +104,14 @@ class Config:
     scale_cont: float = 1.0  # weight of the continue loss
     scale_dyn: float = 1.0  # weight of the KL that pulls the prior to the posterior
     scale_rep: float = 0.1  # weight of the KL that pulls the posterior to the prior
-    model_lr: float = 1e-3  # learning rate of the world model
+    world_model_lr: float = 1e-3  # learning rate of the world model
     # behavior
     horizon: int = 15  # H, imagined steps
     gamma: float = 0.99  # discount of a step
     lam: float = 0.95  # lambda of the lambda-return
     entropy: float = 3e-3  # weight of the actor's entropy
-    actor_lr: float = 3e-4  # learning rate of the actor
-    critic_lr: float = 3e-4  # learning rate of the critic
+    actor_lr: float = 1e-3  # learning rate of the actor
+    critic_lr: float = 1e-3  # learning rate of the critic
     slow_rate: float = 0.02  # share of the critic that the slow critic takes over in an update
     return_rate: float = 0.01  # share of new returns in the running range of returns
     max_grad_norm: float = 10.0  # norm that gradients are clipped to
@@ -127,7 +129,6 @@ class Config:
         if self.batch_length > min(self.prefill, self.capacity):
             raise DreamerError("prefill and capacity have to be at least batch_length")
 
-
 def pick_device(name: str) -> torch.device:
     """auto, cpu or cuda -> device; DreamerError for others, and for cuda where there is none."""
     best = "cuda" if torch.cuda.is_available() else "cpu"
@@ -141,22 +142,18 @@ def sg(x: Tensor) -> Tensor:
     """Stop-gradient, the only cut inside a loss: searching for `sg(` finds every one of them."""
     return x.detach()
 
-
 def symlog(x: Tensor) -> Tensor:
     """sign(x) ln(1 + |x|): like x near 0, compresses what is large (DreamerV3)."""
     return torch.sign(x) * torch.log1p(torch.abs(x))
-
 
 def symexp(x: Tensor) -> Tensor:
     """sign(x) (exp(|x|) - 1), the inverse of `symlog`."""
     return torch.sign(x) * torch.expm1(torch.abs(x))
 
-
 def twohot_bins() -> Tensor:
     """The 255 values over which rewards and returns are spread: 0, and symexp-spaced to 4.85e8."""
     half = symexp(torch.linspace(-20, 0, 128))
     return torch.cat([half, -half[:-1].flip(0)])
-
 
 def twohot_encode(x: Tensor, bins: Tensor) -> Tensor:
     """x [...] -> weights [..., len(bins)] on the two bins around x, with mean x (DreamerV3)."""
@@ -166,7 +163,6 @@ def twohot_encode(x: Tensor, bins: Tensor) -> Tensor:
     zeros = x.new_zeros(*x.shape[:-1], len(bins))
     return zeros.scatter(-1, above - 1, 1 - weight).scatter(-1, above, weight)
 
-
 def twohot_decode(logits: Tensor, bins: Tensor) -> Tensor:
     """Logits [..., len(bins)] -> mean [...] of the bins.
 
@@ -174,7 +170,6 @@ def twohot_decode(logits: Tensor, bins: Tensor) -> Tensor:
     """
     terms = torch.softmax(logits, -1) * bins
     return (terms + terms.flip(-1)).sum(-1) / 2
-
 
 def init_weights(module: nn.Module) -> None:
     """For `network.apply`: truncated normal weights of variance 1 / fan-in, zero biases.
@@ -189,13 +184,13 @@ def init_weights(module: nn.Module) -> None:
         nn.init.trunc_normal_(module.weight, 0.0, std, -2 * std, 2 * std)
         nn.init.zeros_(module.bias)
 
+def dense(inputs: int, units: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, units), nn.LayerNorm(units), nn.SiLU())
 
 def mlp(inputs: int, units: int, layers: int, outputs: int, outscale: float = 1.0) -> nn.Sequential:
-    """`layers` times (linear, layer norm, SiLU), then linear with weights times `outscale`."""
-    modules: list[nn.Module] = []
-    for i in range(layers):
-        modules += [nn.Linear(units if i else inputs, units), nn.LayerNorm(units), nn.SiLU()]
-    network = nn.Sequential(*modules, nn.Linear(units, outputs)).apply(init_weights)
+    """So many dense layers, then a linear one whose weights start at `outscale` of the usual."""
+    hidden = [dense(units if i else inputs, units) for i in range(layers)]
+    network = nn.Sequential(*hidden, nn.Linear(units, outputs)).apply(init_weights)
     network[-1].weight.data *= outscale
     return network
 
@@ -213,11 +208,9 @@ class PixelEnv(gym.Env):
     def __init__(self, env_id: str, size: int = 64, action_repeat: int = 1):
         try:
             self.env = gym.make(env_id, render_mode="rgb_array", disable_env_checker=True)
-        except gym.error.UnregisteredEnv as error:
-            closest = difflib.get_close_matches(env_id, gym.registry, n=1, cutoff=0.0)[0]
-            raise DreamerError(f"--env {env_id} is unknown; the closest is {closest}") from error
         except (gym.error.Error, ImportError) as error:
-            raise DreamerError(f"--env {env_id}: {error}") from error
+            closest = difflib.get_close_matches(env_id, gym.registry, n=1, cutoff=0.0)[0]
+            raise DreamerError(f"--env {env_id}: {error} The closest id is {closest}") from error
         self.metadata, self.render_mode = self.env.metadata, "rgb_array"
         if "rgb_array" not in self.metadata.get("render_modes", []):
             raise DreamerError(f"--env {env_id} cannot render to rgb_array: there are no pixels")
@@ -229,6 +222,7 @@ class PixelEnv(gym.Env):
         self.size, self.action_repeat = size, action_repeat
         self.action_space = self.env.action_space
         self.observation_space = gym.spaces.Box(0, 255, (size, size, 3), np.uint8)
+        self.render, self.close = self.env.render, self.env.close
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         super().reset(seed=seed)
@@ -253,12 +247,6 @@ class PixelEnv(gym.Env):
         small = pygame.transform.smoothscale(surface, (self.size, self.size))
         return pygame.surfarray.array3d(small).transpose(1, 0, 2)  # pygame has [x, y, color]
 
-    def render(self) -> np.ndarray:
-        return self.env.render()
-
-    def close(self) -> None:
-        self.env.close()
-
 
 # %% 1.4 CNN encoder and decoder
 class ChannelNorm(nn.LayerNorm):
@@ -266,7 +254,6 @@ class ChannelNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
 
 class Encoder(nn.Module):
     """Frames uint8 [..., 64, 64, 3] -> embeddings [..., E], E = 128 * depth."""
@@ -284,7 +271,6 @@ class Encoder(nn.Module):
     def forward(self, obs: Tensor) -> Tensor:
         x = obs.reshape(-1, *obs.shape[-3:]).permute(0, 3, 1, 2) / 255 - 0.5
         return self.layers(x).unflatten(0, obs.shape[:-3])
-
 
 class Decoder(nn.Module):
     """Features [..., F] -> mean frames [..., 64, 64, 3] in [0, 1]."""
@@ -309,23 +295,20 @@ def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
     """KL(p || q) in nats, summed over the groups; log-probabilities [..., S, K] -> [...]."""
     return (p.exp() * (p - q)).sum((-2, -1))
 
-
 class RSSM(nn.Module):
     """Recurrent state-space model (PlaNet, arXiv:1811.04551) with categorical z (DreamerV2)."""
 
     def __init__(self, embed_size: int, action_size: int, config: Config):
         super().__init__()
         self.hidden, self.groups, self.classes = config.hidden, config.groups, config.classes
-        self.unimix, z_size, units = config.unimix, config.groups * config.classes, config.units
-        self.inputs = nn.Sequential(
-            nn.Linear(z_size + action_size, units), nn.LayerNorm(units), nn.SiLU())
-        self.gates = nn.Sequential(
-            nn.Linear(units + self.hidden, 3 * self.hidden), nn.LayerNorm(3 * self.hidden))
+        self.unimix, D, z_size = config.unimix, config.hidden, config.groups * config.classes
+        self.inputs = dense(z_size + action_size, config.units)
+        self.gates = nn.Sequential(nn.Linear(config.units + D, 3 * D), nn.LayerNorm(3 * D))
         self.apply(init_weights)
-        self.prior_net = mlp(self.hidden, units, 1, z_size)
-        self.post_net = mlp(self.hidden + embed_size, units, 1, z_size)
+        self.prior_net = mlp(D, config.units, 1, z_size)
+        self.post_net = mlp(D + embed_size, config.units, 1, z_size)
 
-    def initial(self, batch: int) -> tuple[Tensor, Tensor]:
+    def initial(self, batch: int) -> Tensors:
         """The state before an episode: zero h [batch, D] and z [batch, S*K]."""
         zeros = self.gates[0].weight.new_zeros
         return zeros(batch, self.hidden), zeros(batch, self.groups * self.classes)
@@ -353,14 +336,14 @@ class RSSM(nn.Module):
         drawn = (sg(probs) / torch.empty_like(probs).exponential_()).argmax(-1)  # ~ probs
         return (F.one_hot(drawn, self.classes) + probs - sg(probs)).flatten(-2)
 
-    def img_step(self, h: Tensor, z: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+    def img_step(self, h: Tensor, z: Tensor, action: Tensor) -> Tensors:
         """One step without a frame: the next h, and z from the prior."""
         h = self.recur(h, z, action)
         return h, self.sample(self.log_probs(self.prior_net(h)))  # Eq. 1.3
 
     def obs_step(
         self, h: Tensor, z: Tensor, prev_action: Tensor, embed: Tensor, is_first: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Tensors:
         """One step with a frame [., E]: the next h, z from the posterior, and the posterior.
 
         is_first [.] erases h, z and the action: nothing crosses the border of an episode.
@@ -370,9 +353,7 @@ class RSSM(nn.Module):
         post = self.log_probs(self.post_net(torch.cat([h, embed], -1)))
         return h, self.sample(post), post  # Eq. 1.2
 
-    def observe(
-        self, embed: Tensor, prev_action: Tensor, is_first: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def observe(self, embed: Tensor, prev_action: Tensor, is_first: Tensor) -> Tensors:
         """Sequences [B,T,...] -> h [B,T,D], z [B,T,S*K], posterior and prior [B,T,S,K]."""
         h, z = self.initial(len(embed))
         steps = []
@@ -399,7 +380,6 @@ class TwoHotHead(nn.Module):
         """Cross-entropy [...] to the two-hot target [...]; summed, if there are several."""
         log_probs = torch.log_softmax(self.net(feat), -1)
         return -sum((twohot_encode(target, self.bins) * log_probs).sum(-1) for target in targets)
-
 
 class ContinueHead(nn.Module):
     """Features [..., F] -> c [...], the probability that the episode has not terminated here."""
@@ -436,12 +416,8 @@ class Actor(nn.Module):
         normal = Normal(torch.tanh(mean), 0.9 * torch.sigmoid(std + 2) + 0.1, validate_args=False)
         return Independent(normal, 1, validate_args=False)
 
-
 class Critic(TwoHotHead):
     """Features [..., F] -> value [...]: the discounted rewards that the actor will yet collect."""
-
-    def __init__(self, feat_size: int, units: int):
-        super().__init__(feat_size, units, layers=2)
 
 
 # %% 1.8 Replay buffer
@@ -464,7 +440,7 @@ class ReplayBuffer:
         self.cursor = (self.cursor + 1) % self.capacity
         self.size = min(self.size + 1, self.capacity)
 
-    def sample(self, batch_size: int, length: int, device: torch.device) -> dict[str, Tensor]:
+    def sample(self, batch_size: int, length: int, device: torch.device) -> Named:
         """[B, T, ...] windows of consecutive rows, uniform over where they can start.
 
         A window may run from one episode into the next (is_first marks it), but never from the
@@ -502,7 +478,7 @@ class WorldModel(nn.Module):
         self.reward_head = TwoHotHead(feat_size, config.units, layers=1)
         self.cont_head = ContinueHead(feat_size, config.units)
 
-    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Named) -> tuple[Tensor, Tensor, Tensor, Named]:
         """Rows [B,T,...] -> loss [], h [B,T,D], z [B,T,S*K], metrics (Eq. 2.6)."""
         embed = self.encoder(batch["obs"])  # [B,T,E]
         h, z, post, prior = self.rssm.observe(embed, batch["prev_action"], batch["is_first"])
@@ -525,9 +501,6 @@ class WorldModel(nn.Module):
 
 
 # %% 2.2 World model update step
-Optimizers = dict[str, torch.optim.Optimizer]  # for "world_model", "actor" and "critic"
-
-
 def gradient_step(loss: Tensor, name: str, agent: Agent, optimizers: Optimizers) -> Tensor:
     """Move the weights of that part of the agent, and no others; returns the gradient's norm []."""
     optimizers[name].zero_grad()
@@ -537,10 +510,9 @@ def gradient_step(loss: Tensor, name: str, agent: Agent, optimizers: Optimizers)
     optimizers[name].step()
     return norm
 
-
 def update_world_model(
-    agent: Agent, optimizers: Optimizers, batch: dict[str, Tensor]
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    agent: Agent, optimizers: Optimizers, batch: Named
+) -> tuple[Tensor, Tensor, Named]:
     """One step on rows [B,T,...]; returns the states to dream from, h [N,D] and z [N,S*K]."""
     loss, h, z, metrics = agent.world_model.loss(batch)
     metrics["wm/grad_norm"] = gradient_step(loss, "world_model", agent, optimizers)
@@ -561,14 +533,12 @@ def update_world_model(
 # - Eq. 3.6 `critic loss = -w_t (ln p(R_t | h_t, z_t) + ln p(slow critic's v_t | h_t, z_t))`
 
 # %% 3.1 Imagination
-def imagine(
-    world_model: WorldModel, actor: Actor, h: Tensor, z: Tensor, horizon: int
-) -> tuple[Tensor, Tensor]:
+def imagine(model: WorldModel, actor: Actor, h: Tensor, z: Tensor, horizon: int) -> Tensors:
     """h [N,D], z [N,S*K] -> features [H+1,N,F], the start first, and actions [H,N,A]. Eq. 3.1."""
     feats, actions = [torch.cat([h, z], -1)], []  # [N,F]
     for _ in range(horizon):
         actions.append(actor(sg(feats[-1])).sample())  # [N,A]
-        h, z = world_model.rssm.img_step(h, z, actions[-1])  # [N,D], [N,S*K]
+        h, z = model.rssm.img_step(h, z, actions[-1])  # [N,D], [N,S*K]
         feats.append(torch.cat([h, z], -1))  # [N,F]
     return torch.stack(feats), torch.stack(actions)
 
@@ -596,17 +566,15 @@ def return_scale(return_range: Tensor, returns: Tensor, rate: float) -> Tensor:
     return_range.lerp_(percentiles, rate)
     return (return_range[1] - return_range[0]).clamp(min=1.0)
 
-
 def actor_loss(
     actor: Actor, feat: Tensor, action: Tensor, advantage: Tensor, weight: Tensor, eta: float
-) -> tuple[Tensor, Tensor]:
+) -> Tensors:
     """REINFORCE, Eq. 3.5: feat [H,N,F], action [H,N,A], others [H,N] -> loss [], entropy []."""
     policy = actor(sg(feat))
     entropy = policy.entropy()  # [H,N]
     objective = sg(advantage) * policy.log_prob(sg(action)) + eta * entropy  # [H,N]
     assert objective.shape == weight.shape
     return -(sg(weight) * objective).mean(), sg(entropy).mean()
-
 
 def critic_loss(
     critic: Critic, slow_critic: Critic, feat: Tensor, returns: Tensor, weight: Tensor
@@ -618,9 +586,7 @@ def critic_loss(
 
 
 # %% 3.4 Behavior update step
-def update_behavior(
-    agent: Agent, optimizers: Optimizers, h: Tensor, z: Tensor
-) -> dict[str, Tensor]:
+def update_behavior(agent: Agent, optimizers: Optimizers, h: Tensor, z: Tensor) -> Named:
     """Dream from h [N,D] and z [N,S*K], then one step of the actor and one of the critic."""
     config, model, actor, critic = agent.config, agent.world_model, agent.actor, agent.critic
     # REINFORCE sends no gradient through the dream: only log-probabilities, computed again below,
@@ -666,17 +632,16 @@ class Agent(nn.Module):
         feat_size = config.hidden + config.groups * config.classes
         self.world_model = WorldModel(self.action_size, config)
         self.actor = Actor(feat_size, action_space, config.units)
-        self.critic = Critic(feat_size, config.units)
+        self.critic = Critic(feat_size, config.units, layers=2)
         self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.register_buffer("return_range", torch.zeros(2))  # running 5th and 95th percentile
 
     @torch.no_grad()
     def act(self, obs: np.ndarray, state: tuple | None = None, explore: bool = False):
-        """Frame uint8 [64,64,3], state handed back by the last call (None: first frame) ->
-        action for `PixelEnv.step`, state (h [1,D], z [1,S*K], action [1,A]).
+        """Frame uint8 [64,64,3], state from the last call (None: first frame) -> the most likely
+        action (a sample if `explore`) for `PixelEnv.step`, state (h, z, action [1,A]).
 
-        Takes the most likely action, or a sample if `explore`. The recursion is `RSSM.obs_step`,
-        the one that trains: the last action goes in together with the frame that it led to.
+        The recursion is the one that trains: a frame goes in with the action that led to it.
         """
         rssm, device = self.world_model.rssm, self.return_range.device
         is_first = torch.tensor([state is None], device=device)
@@ -704,7 +669,6 @@ def play(env: gym.Env, act: Callable[[np.ndarray, Any], tuple], seed: int) -> It
         yield dict(  # `truncated` ends the episode, but is not `terminated`
             prev_action=prev_action, obs=obs, reward=reward, terminated=terminated, is_first=False)
 
-
 def episode_seed(seed: int, number: int, evaluation: bool) -> int:
     """Training episodes have even seeds, evaluation episodes odd ones: they never meet."""
     return 2 * (1_000_000 * seed + number) + evaluation
@@ -715,7 +679,6 @@ def updates_due(step: int, config: Config) -> int:
     """How many updates a run has made after this many environment steps."""
     ratio = config.train_ratio / (config.batch_size * config.batch_length)
     return 0 if step < config.prefill else config.pretrain + int(ratio * (step - config.prefill))
-
 
 def train(config: Config) -> Path:
     """Train from scratch; returns the run's folder: config, metrics, curves and checkpoint.
@@ -728,11 +691,10 @@ def train(config: Config) -> Path:
     env = PixelEnv(config.env, action_repeat=config.action_repeat)
     agent = Agent(env.action_space, config).to(device)
     replay = ReplayBuffer(config.capacity, agent.action_size)
+    rates = dict(world_model=config.world_model_lr, actor=config.actor_lr, critic=config.critic_lr)
     optimizers = {  # one each, so that a loss moves nothing but its own part
-        name: torch.optim.Adam(getattr(agent, name).parameters(), lr, fused=True)
-        for name, lr in [("world_model", config.model_lr), ("actor", config.actor_lr),
-                         ("critic", config.critic_lr)]
-    }
+        name: torch.optim.Adam(getattr(agent, name).parameters(), rate, fused=True)
+        for name, rate in rates.items()}
     log = Log(new_folder(config), config.steps)
     step = updates = episode = 0
 
@@ -779,10 +741,9 @@ def new_folder(config: Config) -> Path:
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
     except OSError as error:
-        hint = "move it away, or take another --seed or --runs" if folder.exists() else "see --runs"
+        hint = "move it away, or take another --seed or --runs"
         raise DreamerError(f"{folder}: {error.strerror}; {hint}") from error
     return folder
-
 
 class Log:
     """A run's progress bar, and metrics.jsonl: a line holds the means since the line before."""
@@ -811,31 +772,27 @@ class Log:
         self.values.clear()
         draw_curves(self.folder)
 
-
 def draw_curves(folder: Path) -> None:
     """Draw metrics.jsonl as curves.png: a panel a line below, over environment steps."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    panels = [
-        ("Episode return", {"env/return": "training", "eval/return": "evaluation, min to max"}),
-        ("Reconstruction loss", {"wm/recon": "squared error, summed over a frame"}),
-        ("KL (posterior || prior)", {"wm/kl": "nats, before free nats"}),
-        ("Actor entropy", {"ac/entropy": "nats"}),
-    ]
+    panels = {
+        "Episode return": ["env/return", "eval/return"],
+        "Reconstruction loss (squared error of a frame)": ["wm/recon"],
+        "KL(posterior || prior), nats": ["wm/kl"], "Actor entropy, nats": ["ac/entropy"]}
     figure = Figure(figsize=(10, 6), layout="constrained")
-    for axes, (title, curves) in zip(figure.subplots(2, 2).flat, panels, strict=True):
-        for key, label in curves.items():
+    for axes, (title, keys) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
+        for key in keys:
             points = [line for line in lines if key in line]
             steps = [line["env/step"] for line in points]
-            axes.plot(steps, [line[key] for line in points], marker=".", label=label)
+            axes.plot(steps, [line[key] for line in points], marker=".", label=key)
             if key == "eval/return":
                 low, high = ([line[f"{key}_{end}"] for line in points] for end in ("min", "max"))
-                axes.fill_between(steps, low, high, alpha=0.2, color="C1")
+                axes.fill_between(steps, low, high, alpha=0.2, color="C1", label="its min to max")
         axes.set(title=title, xlabel="environment steps")
-        axes.set_yscale("log" if title == "Reconstruction loss" else "linear")
+        axes.set_yscale("log" if "wm/recon" in keys else "linear")
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(folder / "curves.png", dpi=100)
-
 
 def save_checkpoint(folder: Path, agent: Agent, optimizers: dict, step: int) -> None:
     """Write checkpoint.pt under another name, then rename it: there is never half of one."""
@@ -844,26 +801,20 @@ def save_checkpoint(folder: Path, agent: Agent, optimizers: dict, step: int) -> 
     torch.save(checkpoint | {"optimizers": states}, folder / "checkpoint.new")
     os.replace(folder / "checkpoint.new", folder / "checkpoint.pt")
 
-
 def load_agent(path: str | Path, device: str = "auto") -> Agent:
     """The agent in a run's folder or checkpoint file, ready for `agent.act` and `evaluate`.
 
     Runs no code from the file. Raises DreamerError if it is missing, broken or not of this program.
     """
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
-    if not path.is_file():
-        raise DreamerError(f"{path}: there is no such checkpoint")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         config = Config(**checkpoint["config"])
-        env = PixelEnv(config.env)
-        agent = Agent(env.action_space, config)
+        agent = Agent(PixelEnv(config.env).action_space, config)
         agent.load_state_dict(checkpoint["agent"])
-    except DreamerError:
-        raise
     except Exception as error:  # a broken file raises any of a dozen types
-        raise DreamerError(f"{path} is broken, or not a checkpoint of this program") from error
-    env.close()
+        reason = str(error) if isinstance(error, DreamerError) else type(error).__name__
+        raise DreamerError(f"{path} is no checkpoint that can be used ({reason})") from error
     return agent.to(pick_device(device))
 
 
@@ -875,6 +826,8 @@ def load_agent(path: str | Path, device: str = "auto") -> Agent:
 def evaluate(agent: Agent, episodes: int = 20, seed: int = 0) -> dict[str, float]:
     """Play evaluation episodes with the agent's most likely actions; statistics of their returns
     (undiscounted sums of rewards). Leaves the random state as it was."""
+    if episodes < 1:
+        raise DreamerError(f"episodes has to be at least 1, not {episodes}")
     env, returns = PixelEnv(agent.config.env, action_repeat=agent.config.action_repeat), []
     with torch.random.fork_rng():
         for number in tqdm(range(episodes), desc="evaluation", unit="episode", leave=False):
@@ -909,7 +862,6 @@ def make_parser() -> argparse.ArgumentParser:
                 metavar=kind.upper(), help=f"{text} ({defaults[name]})")
     return parser
 
-
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns 0, or 2 after one line of what the user has to put right."""
     options = vars(make_parser().parse_args(argv))
@@ -919,13 +871,11 @@ def main(argv: list[str] | None = None) -> int:
         if path is None:
             folder = train(config)
             print(f"Results are in {folder}. Next: python dreamer.py --eval {folder}")
-        elif episodes < 1:
-            raise DreamerError(f"--episodes has to be at least 1, not {episodes}")
         else:
-            result = evaluate(load_agent(path, config.device), episodes, config.seed)
-            print(f"{path}, {episodes} unseen episodes: return " + ", ".join(
-                f"{name} {result[f'eval/return{key}']:.1f}" for name, key in
-                [("mean", ""), ("std", "_std"), ("min", "_min"), ("max", "_max")]))
+            agent = load_agent(path, config.device)
+            mean, std, low, high = evaluate(agent, episodes, config.seed).values()
+            print(f"{path}: return over {episodes} unseen episodes: "
+                  f"mean {mean:.1f}, std {std:.1f}, min {low:.1f}, max {high:.1f}")
     except DreamerError as error:
         print(f"dreamer.py: error: {error}", file=sys.stderr)
         return 2

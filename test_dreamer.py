@@ -1,0 +1,780 @@
+"""Tests of dreamer.py. Every name is a claim; most expected numbers are known in closed form."""
+
+import __future__
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.utils.env_checker import check_env
+from torch.distributions import Categorical, Independent, Normal, OneHotCategorical
+from torch.distributions import kl_divergence as torch_kl
+
+import dreamer
+from dreamer import (
+    Agent,
+    Config,
+    DreamerError,
+    PixelEnv,
+    ReplayBuffer,
+    actor_loss,
+    critic_loss,
+    episode_seed,
+    evaluate,
+    imagine,
+    kl_divergence,
+    lambda_return,
+    load_agent,
+    play,
+    return_scale,
+    symexp,
+    symlog,
+    train,
+    twohot_bins,
+    twohot_decode,
+    twohot_encode,
+    update_behavior,
+    update_world_model,
+)
+
+HERE = Path(__file__).resolve().parent
+SMALL = dict(  # a config whose every part is small
+    depth=2, hidden=16, groups=4, classes=4, units=16, batch_size=4, batch_length=6, horizon=5,
+    prefill=60, pretrain=5, train_ratio=16.0, capacity=500,
+    log_every=50, eval_every=100, eval_episodes=1,
+)
+A, D, Z, S, K = 2, 16, 16, 4, 4  # sizes under SMALL
+
+
+class Corridor(gym.Env):
+    """Six cells; action 1 moves right, 0 left; every step in the last cell pays 1.
+
+    The frame shows the cell as a bright column. The time limit of 16 steps leaves 12 to be had.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
+    observation_space = gym.spaces.Box(0, 5, (1,))
+    action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.cell = 0
+        return np.array([0], np.float32), {}
+
+    def step(self, action):
+        self.cell = int(np.clip(self.cell + (1 if action == 1 else -1), 0, 5))
+        return np.array([self.cell], np.float32), float(self.cell == 5), False, False, {}
+
+    def render(self):
+        frame = np.full((96, 96, 3), 30, np.uint8)
+        frame[:, 16 * self.cell : 16 * (self.cell + 1)] = 220
+        return frame
+
+
+class Counting(gym.Env):
+    """Frame t is filled with 10 t, reward t is t; the episode ends after `length` steps."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
+    observation_space = gym.spaces.Box(0, 255, (1,))
+    action_space = gym.spaces.Discrete(3, start=5)
+
+    def __init__(self, render_mode=None, length=4, ends_by="terminated"):
+        self.render_mode, self.length, self.ends_by = render_mode, length, ends_by
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.t += 1
+        end = self.ends_by if self.t == self.length else None
+        flags = end == "terminated", end == "truncated"
+        return np.zeros(1, np.float32), float(self.t), *flags, {}
+
+    def render(self):
+        return np.full((80, 120, 3), 10 * self.t, np.uint8)
+
+
+class Blind(Counting):
+    metadata = {"render_modes": ["ansi"]}
+
+
+class Buttons(Counting):
+    action_space = gym.spaces.MultiDiscrete([2, 2])
+
+
+gym.register("Corridor-v0", Corridor, max_episode_steps=16)
+gym.register("Counting-v0", Counting)
+gym.register("Truncated-v0", Counting, kwargs={"ends_by": "truncated"})
+gym.register("Blind-v0", Blind)
+gym.register("Buttons-v0", Buttons)
+
+
+@pytest.fixture
+def agent():
+    torch.manual_seed(0)
+    return Agent(gym.spaces.Discrete(A), Config(**SMALL))
+
+
+def random_batch(B=4, T=6):
+    g = torch.Generator().manual_seed(0)
+    action = torch.nn.functional.one_hot(torch.randint(A, (B, T), generator=g), A).float()
+    return {
+        "obs": torch.randint(256, (B, T, 64, 64, 3), generator=g).to(torch.uint8),
+        "prev_action": action, "reward": torch.randn(B, T, generator=g),
+        "terminated": torch.zeros(B, T, dtype=torch.bool),
+        "is_first": torch.zeros(B, T, dtype=torch.bool),
+    }
+
+
+def optimizers_of(agent):
+    parts = ("world_model", "actor", "critic")
+    return {name: torch.optim.Adam(getattr(agent, name).parameters(), 1e-3) for name in parts}
+
+
+def snapshot(module):
+    return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+def changed(module, before):
+    return {name for name, p in module.named_parameters() if not torch.equal(p, before[name])}
+
+
+# Section 1.2: small tools
+def test_symexp_inverts_symlog():
+    x = torch.tensor([-1e4, -1.0, -1e-3, 0.0, 0.5, 3.0, 1e4], dtype=torch.float64)
+    assert torch.allclose(symexp(symlog(x)), x)
+    assert symlog(torch.tensor(np.e - 1)).item() == pytest.approx(1.0)
+
+
+def test_twohot_round_trips_from_minus_1e5_to_1e5():
+    bins = twohot_bins()
+    x = torch.cat([-torch.logspace(5, -3, 200), torch.zeros(1), torch.logspace(-3, 5, 200)])
+    target = twohot_encode(x, bins)
+    assert target.shape == (401, 255)
+    assert torch.allclose(target.sum(-1), torch.ones(401))
+    assert ((target > 0).sum(-1) <= 2).all()
+    mean = (target.double() * bins.double()).sum(-1).float()
+    assert torch.allclose(mean, x, rtol=1e-4, atol=1e-6)
+    assert torch.allclose(twohot_decode(torch.log(target), bins), x, rtol=1e-3, atol=1e-5)
+
+
+def test_twohot_clamps_what_lies_outside_the_bins():
+    bins = torch.tensor([-1.0, 0.0, 1.0])
+    assert twohot_encode(torch.tensor([-7.0, 9.0]), bins).tolist() == [[1, 0, 0], [0, 0, 1]]
+
+
+def test_zero_logits_decode_to_exactly_zero():
+    assert twohot_decode(torch.zeros(3, 255), twohot_bins()).tolist() == [0.0, 0.0, 0.0]
+
+
+# Section 1.3: pixel wrapper
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
+def test_pixel_env_passes_gymnasiums_checker(env_id):
+    env = PixelEnv(env_id)
+    check_env(env)
+    obs, _ = env.reset(seed=3)
+    assert obs.shape == (64, 64, 3) and obs.dtype == np.uint8
+
+
+def test_pixels_are_averages_over_areas():
+    env = PixelEnv("CartPole-v1")
+    obs, _ = env.reset(seed=0)
+    frame = env.render().astype(float)  # [400, 600, 3]
+    wide = frame.repeat(4, 0).repeat(8, 1)  # 1600 = 64 * 25 rows, 4800 = 64 * 75 columns
+    mean = wide.reshape(64, 25, 64, 75, 3).mean((1, 3))
+    assert np.abs(obs - mean).max() < 4  # of 255: smoothscale rounds down
+    assert len(np.unique(obs)) > 20  # no nearest neighbour: the pole has intermediate shades
+
+
+def test_box_actions_are_rescaled_from_minus_one_to_one():
+    env = PixelEnv("Pendulum-v1")  # torque in [-2, 2]
+    for action, torque in [(1.0, 2.0), (-0.5, -1.0), (7.0, 2.0)]:
+        env.reset(seed=0)
+        env.step(np.array([action], np.float32))
+        assert env.env.unwrapped.last_u == pytest.approx(torque)
+
+
+def test_rewards_of_repeated_actions_are_summed():
+    env = PixelEnv("Counting-v0", action_repeat=3)
+    env.reset()
+    _, reward, terminated, _, _ = env.step(5)
+    assert reward == 1 + 2 + 3 and not terminated
+    _, reward, terminated, _, _ = env.step(5)
+    assert reward == 4 and terminated  # it stops where the episode ends
+
+
+def test_training_and_evaluation_never_share_an_episode():
+    seeds = [episode_seed(s, n, e) for s in range(3) for n in range(500) for e in (False, True)]
+    assert len(set(seeds)) == len(seeds)
+
+
+# Section 1.4 and 1.5: CNN, RSSM
+def test_encoder_and_decoder_keep_leading_axes(agent):
+    model = agent.world_model
+    assert model.encoder(torch.zeros(2, 3, 64, 64, 3, dtype=torch.uint8)).shape == (2, 3, 256)
+    frames = model.decoder(torch.zeros(2, 3, D + Z))
+    assert frames.shape == (2, 3, 64, 64, 3) and 0 <= frames.min() and frames.max() <= 1
+
+
+def test_kl_is_the_sum_of_categorical_kls():
+    p, q = torch.randn(2, 5, S, K).log_softmax(-1)
+    expected = torch_kl(Categorical(logits=p), Categorical(logits=q)).sum(-1)
+    assert torch.allclose(kl_divergence(p, q), expected, atol=1e-6)
+
+
+def test_no_class_is_less_likely_than_its_share_of_unimix(agent):
+    logits = torch.full((Z,), -1e4).index_fill(0, torch.tensor([0, 4, 8, 12]), 1e4)
+    probs = agent.world_model.rssm.log_probs(logits).exp()
+    assert probs.min().item() == pytest.approx(0.01 / K)
+    assert probs.max().item() == pytest.approx(0.99 + 0.01 / K)
+
+
+def test_samples_are_one_hot_and_gradients_go_straight_through(agent):
+    log_probs = torch.randn(7, S, K).log_softmax(-1).requires_grad_()
+    weight = torch.randn(7, Z)
+    z = agent.world_model.rssm.sample(log_probs)
+    hot = z.detach().unflatten(-1, (S, K))
+    assert torch.allclose(hot.max(-1).values, torch.ones(7, S), atol=1e-6)
+    assert torch.allclose(hot.sum(-1), torch.ones(7, S), atol=1e-6)
+    (gradient,) = torch.autograd.grad((z * weight).sum(), log_probs)
+    (expected,) = torch.autograd.grad((log_probs.exp().flatten(-2) * weight).sum(), log_probs)
+    assert torch.allclose(gradient, expected)
+
+
+def test_samples_follow_the_probabilities(agent):
+    probs = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    z = agent.world_model.rssm.sample(probs.log().expand(20_000, S, K)).unflatten(-1, (S, K))
+    assert torch.allclose(z.mean((0, 1)), probs, atol=0.01)
+
+
+def test_acting_and_observe_reach_the_same_h_on_the_same_history(agent):
+    frames = random_batch(1, 6)["obs"]
+    torch.manual_seed(7)
+    state, acted, actions = None, [], [torch.zeros(A)]
+    for t in range(6):
+        _, state = agent.act(frames[0, t].numpy(), state)
+        acted.append(state[0][0])
+        actions.append(state[2][0])
+    torch.manual_seed(7)
+    first = torch.tensor([[True] + 5 * [False]])
+    embed = agent.world_model.encoder(frames)
+    h, z, *_ = agent.world_model.rssm.observe(embed, torch.stack(actions[:6])[None], first)
+    assert torch.allclose(torch.stack(acted), h[0], atol=1e-5)
+    assert torch.allclose(state[1], z[:, -1], atol=1e-5)
+
+
+def sequence(agent, first=()):
+    """Random inputs that want gradients, and what the RSSM makes of them."""
+    embed = torch.randn(3, 8, 256, requires_grad=True)
+    action = torch.randn(3, 8, A, requires_grad=True)
+    is_first = torch.zeros(3, 8, dtype=torch.bool)
+    is_first[:, list(first)] = True
+    return embed, action, agent.world_model.rssm.observe(embed, action, is_first)
+
+
+def test_is_first_erases_all_history(agent):
+    embed, action, (h, z, post, prior) = sequence(agent, first=[5])
+    later = sum((x[:, 5:] * torch.randn_like(x[:, 5:])).sum() for x in (h, z, post, prior))
+    by_embed, by_action = torch.autograd.grad(later, [embed, action])
+    assert (by_embed[:, :5] == 0).all() and (by_action[:, :6] == 0).all()
+    assert (by_embed[:, 5:] != 0).any() and (by_action[:, 6:] != 0).any()
+    torch.testing.assert_close(h[:, 5], h[:, 5][:1].expand(3, -1))  # the same for every history
+    _, _, (unbroken, *_) = sequence(agent)
+    assert not torch.allclose(unbroken[0, 5], unbroken[1, 5])
+
+
+def test_a_future_frame_cannot_change_a_past_state(agent):
+    embed, action, (h, z, post, prior) = sequence(agent, first=[0])
+    early = sum((x[:, :5] * torch.randn_like(x[:, :5])).sum() for x in (h, z, post, prior))
+    by_embed, by_action = torch.autograd.grad(early, [embed, action], retain_graph=True)
+    assert (by_embed[:, 5:] == 0).all() and (by_action[:, 5:] == 0).all()
+    assert (by_action[:, 4] != 0).any()  # row 4's action led to row 4
+    # The frame of row 4 enters the posterior of row 4, but h and the prior only from row 5 on.
+    (by_embed,) = torch.autograd.grad((h[:, 4] * torch.randn(3, D)).sum(), embed, retain_graph=True)
+    assert (by_embed[:, 4] == 0).all() and (by_embed[:, 3] != 0).any()
+    (by_embed,) = torch.autograd.grad((post[:, 4] * torch.randn(3, S, K)).sum(), embed)
+    assert (by_embed[:, 4] != 0).any()
+
+
+# Section 1.7 and 1.8: actor, replay
+def test_box_actor_is_a_bounded_normal():
+    actor = dreamer.Actor(4, gym.spaces.Box(-1, 1, (3,)), 8)
+    actor.net[-1].weight.data.normal_(0, 100)
+    policy = actor(torch.randn(50, 4))
+    assert policy.mean.abs().max() <= 1
+    assert 0.1 <= policy.stddev.min() and policy.stddev.max() <= 1
+    action = policy.sample()
+    expected = Independent(Normal(policy.mean, policy.stddev), 1).log_prob(action)
+    assert policy.log_prob(action).shape == (50,)
+    assert torch.allclose(policy.log_prob(action), expected)
+
+
+def filled_replay(count, capacity):
+    replay = ReplayBuffer(capacity, 1)
+    frame = np.zeros((64, 64, 3), np.uint8)
+    for i in range(count):
+        replay.add(dict(obs=frame, prev_action=[0.0], reward=i, terminated=False, is_first=False))
+    return replay
+
+
+@pytest.mark.parametrize("count", [20, 50, 73, 100, 149])
+def test_replay_never_mixes_across_the_write_position(count):
+    replay = filled_replay(count, capacity=50)
+    torch.manual_seed(0)
+    reward = replay.sample(1000, 8, "cpu")["reward"]
+    assert (reward.diff(dim=1) == 1).all()
+    starts = set(reward[:, 0].int().tolist())
+    assert starts == set(range(max(0, count - 50), count - 7))  # every window, and no other
+
+
+def test_replay_samples_starts_uniformly():
+    torch.manual_seed(0)
+    reward = filled_replay(73, capacity=50).sample(4_300, 8, "cpu")["reward"]
+    counts = torch.bincount(reward[:, 0].int() - 23)
+    assert len(counts) == 43 and (counts - 100).abs().max() < 50  # five sigma
+
+
+def test_replay_memory_is_bounded_and_frames_stay_uint8():
+    replay = filled_replay(200, capacity=50)
+    assert replay.size == 50 and replay.rows["obs"].dtype == torch.uint8
+    assert all(len(rows) == 50 for rows in replay.rows.values())
+
+
+# Section 2: world model update
+def test_dyn_trains_the_prior_alone_and_rep_the_posterior_alone():
+    cases = [("dyn", "prior_net", "post_net"), ("rep", "post_net", "prior_net")]
+    for name, trained, still in cases:
+        scales = {f"scale_{x}": float(x == name) for x in ("recon", "reward", "cont", "dyn", "rep")}
+        model = Agent(gym.spaces.Discrete(A), Config(**SMALL | scales, free_nats=0.0)).world_model
+        model.loss(random_batch(T=1))[0].backward()  # one step: no path through earlier samples
+        rssm = model.rssm
+        assert all(p.grad.abs().sum() > 0 for p in getattr(rssm, trained)[-1].parameters())
+        assert all(p.grad is None or (p.grad == 0).all() for p in getattr(rssm, still).parameters())
+
+
+def test_free_nats_are_per_step_after_the_sum_over_groups():
+    batch = random_batch()
+    model = Agent(gym.spaces.Discrete(A), Config(**SMALL)).world_model
+    with torch.no_grad():
+        torch.manual_seed(3)
+        embed = model.encoder(batch["obs"])
+        *_, post, prior = model.rssm.observe(embed, batch["prev_action"], batch["is_first"])
+        kl = torch_kl(Categorical(logits=post), Categorical(logits=prior)).sum(-1)
+        model.config.free_nats = free = kl.median().item()  # half of the steps lie below
+        torch.manual_seed(3)
+        *_, metrics = model.loss(batch)
+    expected = torch.where(kl > free, kl, free).mean()
+    assert metrics["wm/dyn"].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert metrics["wm/rep"].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert metrics["wm/kl"].item() == pytest.approx(kl.mean().item(), rel=1e-5)
+    assert abs(expected - kl.mean().clamp(min=free)) > 1e-3  # the mean would give another number
+
+
+def test_kl_below_the_free_nats_has_no_gradient():
+    scales = {f"scale_{x}": 0.0 for x in ("recon", "reward", "cont")}
+    model = Agent(gym.spaces.Discrete(A), Config(**SMALL | scales, free_nats=100.0)).world_model
+    loss, *_ = model.loss(random_batch())
+    loss.backward()
+    assert loss.item() == pytest.approx(1.0 * 100 + 0.1 * 100)
+    assert all(p.grad is None or (p.grad == 0).all() for p in model.parameters())
+
+
+def test_reconstruction_is_summed_over_pixels_and_averaged_over_steps(agent):
+    batch = random_batch()
+    torch.manual_seed(1)
+    _, h, z, metrics = agent.world_model.loss(batch)
+    frames = agent.world_model.decoder(torch.cat([h, z], -1))
+    expected = ((frames - batch["obs"] / 255) ** 2).sum() / (4 * 6)
+    assert metrics["wm/recon"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_loss_is_the_weighted_sum_of_its_terms(agent):
+    loss, _, _, m = agent.world_model.loss(random_batch())
+    weights = {"recon": 1, "reward": 1, "cont": 1, "dyn": 1, "rep": 0.1}
+    expected = sum(weight * m[f"wm/{name}"].item() for name, weight in weights.items())
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+# Section 3: behavior learning
+def brute_force_return(reward, value, cont, gamma, lam):
+    """The lambda-weighted mean of all n-step returns, each summed term by term."""
+    H, returns = len(value) - 1, []
+    for t in range(H):
+        n_step = []
+        for n in range(1, H - t + 1):
+            alive, total = 1.0, 0.0
+            for k in range(t + 1, t + n + 1):
+                total += alive * reward[k]
+                alive *= gamma * cont[k]
+            n_step.append(total + alive * value[t + n])
+        mixed = sum((1 - lam) * lam**i * x for i, x in enumerate(n_step[:-1]))
+        returns.append(mixed + lam ** (H - t - 1) * n_step[-1])
+    return returns
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.5, 0.95, 1.0])
+def test_lambda_return_equals_the_brute_force_sum(lam):
+    torch.manual_seed(0)
+    reward, value = torch.randn(2, 8, 3, dtype=torch.float64)
+    cont = torch.rand(8, 3, dtype=torch.float64)
+    cont[4, 1] = 0.0  # a terminal state inside
+    returns = lambda_return(reward, value, cont, 0.9, lam)
+    assert returns.shape == (7, 3)
+    for i in range(3):
+        expected = brute_force_return(*(x[:, i].tolist() for x in (reward, value, cont)), 0.9, lam)
+        assert returns[:, i].tolist() == pytest.approx(expected)
+
+
+def test_lambda_zero_is_one_step_and_lambda_one_is_the_discounted_sum():
+    reward, value, cont = torch.tensor([[9.0, 1, 2, 4], [9, 10, 20, 30], [0, 1, 1, 1]])
+    one_step = lambda_return(reward, value, cont, 0.5, 0.0)
+    assert one_step.tolist() == [1 + 5, 2 + 10, 4 + 15]
+    all_steps = lambda_return(reward, value, cont, 0.5, 1.0)
+    assert all_steps.tolist() == [1 + (2 + 19 / 2) / 2, 2 + (4 + 15) / 2, 4 + 15]
+
+
+def test_nothing_after_a_terminal_state_counts():
+    reward, value, cont = torch.rand(3, 6)
+    cont[2] = 0.0
+    before = lambda_return(reward, value, cont, 0.9, 0.95)[:2].clone()
+    value[2:], reward[3:] = 1e6, 1e6
+    assert torch.equal(lambda_return(reward, value, cont, 0.9, 0.95)[:2], before)
+
+
+def test_imagination_follows_prior_and_actor(agent):
+    model, D = agent.world_model, 16
+    h, z = torch.randn(5, D), torch.randn(5, Z)
+    with torch.no_grad():
+        feat, action = imagine(model, agent.actor, h, z, 4)
+        assert feat.shape == (5, 5, D + Z) and action.shape == (4, 5, A)
+        assert torch.equal(feat[0], torch.cat([h, z], -1))  # the start comes first
+        for t in range(4):  # action t leads from state t to state t + 1
+            expected = model.rssm.recur(feat[t, :, :D], feat[t, :, D:], action[t])
+            assert torch.allclose(feat[t + 1, :, :D], expected, atol=1e-6)
+    assert set(action.unique().tolist()) == {0.0, 1.0} and (action.sum(-1) == 1).all()
+
+
+def test_imagination_takes_no_environment_step(agent, monkeypatch):
+    def forbidden(*args, **kwargs):
+        raise AssertionError("the dream asked the environment")
+
+    for name in ("reset", "step", "render"):
+        monkeypatch.setattr(PixelEnv, name, forbidden)
+        monkeypatch.setattr(gym.Wrapper, name, forbidden)
+    metrics = update_behavior(agent, optimizers_of(agent), torch.randn(6, D), torch.randn(6, Z))
+    assert np.isfinite([float(x) for x in metrics.values()]).all()
+
+
+def test_weights_are_cumulative_and_start_with_the_first_continue(agent, monkeypatch):
+    seen = {}
+
+    def spy(actor, feat, action, advantage, weight, eta):
+        seen["weight"], seen["cont"] = weight, agent.world_model.cont_head(feat).detach()
+        return actor_loss(actor, feat, action, advantage, weight, eta)
+
+    monkeypatch.setattr(dreamer, "actor_loss", spy)
+    update_behavior(agent, optimizers_of(agent), torch.randn(6, D), torch.randn(6, Z))
+    cont, gamma = seen["cont"], agent.config.gamma
+    assert torch.allclose(seen["weight"][0], cont[0])
+    assert torch.allclose(seen["weight"][2], cont[0] * gamma * cont[1] * gamma * cont[2])
+
+
+def test_actor_loss_is_reinforce_with_entropy(agent):
+    feat, weight, advantage = torch.randn(3, 4, D + Z), torch.rand(3, 4), torch.randn(3, 4)
+    policy = OneHotCategorical(logits=agent.actor.net(feat))
+    action = policy.sample()
+    objective = advantage * policy.log_prob(action) + 0.3 * policy.entropy()
+    loss, entropy = actor_loss(agent.actor, feat, action, advantage, weight, 0.3)
+    assert loss.item() == pytest.approx(-(weight * objective).mean().item(), rel=1e-5)
+    assert entropy.item() == pytest.approx(policy.entropy().mean().item(), rel=1e-5)
+
+
+def test_critic_loss_is_cross_entropy_to_return_and_slow_value(agent):
+    feat, weight, returns = torch.randn(3, 4, D + Z), torch.rand(3, 4), 50 * torch.randn(3, 4)
+    agent.slow_critic.net[-1].weight.data.normal_()
+    bins, slow = agent.critic.bins, agent.slow_critic(feat)
+    log_probs = agent.critic.net(feat).log_softmax(-1)
+    targets = twohot_encode(returns, bins) + twohot_encode(slow, bins)
+    expected = -(weight[..., None] * targets * log_probs).sum(-1).mean()
+    loss = critic_loss(agent.critic, agent.slow_critic, feat, returns, weight)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_return_scale_is_a_running_percentile_range_of_at_least_one():
+    running, returns = torch.zeros(2), torch.linspace(0, 1000, 10_001)
+    assert return_scale(running, returns, 0.01).item() == pytest.approx(9.5 - 0.5, rel=1e-4)
+    assert running.tolist() == pytest.approx([0.5, 9.5], rel=1e-3)
+    for _ in range(2000):
+        scale = return_scale(running, returns, 0.01)
+    assert scale.item() == pytest.approx(900, rel=1e-3)
+    assert return_scale(torch.zeros(2), torch.rand(100), 1.0).item() == 1.0
+
+
+def test_gradient_table(agent):
+    """World model loss: world model. Actor loss: actor. Critic loss: critic. And nothing else."""
+    model, others = agent.world_model, [agent.actor, agent.critic, agent.slow_critic]
+    agent.actor.net[-1].weight.data.normal_()  # at zero or nearly so, gradients stop short
+    agent.critic.net[-1].weight.data.normal_(0, 0.1)
+    model.reward_head.net[-1].weight.data.normal_(0, 0.1)
+
+    def touched(module):
+        gradients = {name: p.grad for name, p in module.named_parameters()}
+        return {n for n, g in gradients.items() if g is not None and (g != 0).any()}, set(gradients)
+
+    loss, h, z, _ = model.loss(random_batch())
+    loss.backward()
+    reached, every = touched(model)
+    assert reached == every
+    assert all(not touched(other)[0] for other in others)
+
+    h, z = h.flatten(0, 1), z.flatten(0, 1)  # not cut: the losses have to do it
+    for which in ("actor", "critic"):
+        agent.zero_grad()
+        feat, action = imagine(model, agent.actor, h, z, 5)
+        reward, cont, value = model.reward_head(feat), model.cont_head(feat), agent.critic(feat)
+        returns = lambda_return(reward, value, cont, 0.99, 0.95)
+        weight, feat = cont[:-1].cumprod(0), feat[:-1]
+        if which == "actor":
+            loss, _ = actor_loss(agent.actor, feat, action, returns - value[:-1], weight, 1e-3)
+        else:
+            loss = critic_loss(agent.critic, agent.slow_critic, feat, returns, weight)
+        loss.backward(retain_graph=True)
+        for name in ("world_model", "actor", "critic", "slow_critic"):
+            reached, every = touched(getattr(agent, name))
+            assert reached == (every if name == which else set()), (which, name)
+
+
+def test_each_update_moves_its_own_part_and_the_slow_critic_follows(agent):
+    optimizers, slow = optimizers_of(agent), snapshot(agent.slow_critic)
+    before = {name: snapshot(getattr(agent, name)) for name in ("world_model", "actor", "critic")}
+    h, z, _ = update_world_model(agent, optimizers, random_batch())
+    assert h.shape == (24, D) and z.shape == (24, Z) and not h.requires_grad
+    assert changed(agent.world_model, before["world_model"])
+    assert not changed(agent.actor, before["actor"]) and not changed(agent.critic, before["critic"])
+    before["world_model"] = snapshot(agent.world_model)
+    update_behavior(agent, optimizers, h, z)
+    assert not changed(agent.world_model, before["world_model"])
+    assert changed(agent.actor, before["actor"]) and changed(agent.critic, before["critic"])
+    for name, p in agent.slow_critic.named_parameters():
+        fast = dict(agent.critic.named_parameters())[name]
+        assert torch.allclose(p, 0.98 * slow[name] + 0.02 * fast, atol=1e-7)
+
+
+# Section 4: training loop
+def test_rows_hold_the_action_that_led_to_their_frame():
+    env = PixelEnv("Counting-v0")
+    chosen = iter([5, 7, 6, 5])
+    rows = list(play(env, lambda obs, state: (next(chosen), None), seed=0))
+    assert [round(row["obs"].mean() / 10) for row in rows] == [0, 1, 2, 3, 4]
+    assert [row["reward"] for row in rows] == [0, 1, 2, 3, 4]
+    assert [row["prev_action"].tolist() for row in rows] == [
+        [0, 0, 0], [1, 0, 0], [0, 0, 1], [0, 1, 0], [1, 0, 0]]
+    assert [row["is_first"] for row in rows] == [True, False, False, False, False]
+    assert [row["terminated"] for row in rows] == [False, False, False, False, True]
+
+
+def test_the_policy_sees_each_frame_once_and_gets_its_state_back():
+    seen = []
+
+    def act(obs, state):
+        seen.append((round(obs.mean() / 10), state))
+        return 5, (state or 0) + 1
+
+    list(play(PixelEnv("Counting-v0"), act, seed=0))
+    assert seen == [(0, None), (1, 1), (2, 2), (3, 3)]
+
+
+@pytest.mark.parametrize("env_id, ends", [("Counting-v0", True), ("Truncated-v0", False)])
+def test_truncation_keeps_continue_at_one(agent, env_id, ends):
+    replay = ReplayBuffer(100, 3)
+    for row in play(PixelEnv(env_id), lambda obs, state: (5, None), seed=0):
+        replay.add(row)
+    batch = {name: rows[None, :5] for name, rows in replay.rows.items()}
+    batch["prev_action"] = batch["prev_action"][..., :A]
+    head = agent.world_model.cont_head.net[-1]
+    head.weight.data.zero_()
+    head.bias.data.fill_(5.0)  # it says: the episode goes on, with probability sigmoid(5)
+    *_, metrics = agent.world_model.loss(batch)
+    goes_on, stops = np.log1p(np.exp(-5)), np.log1p(np.exp(5))
+    expected = (4 * goes_on + (stops if ends else goes_on)) / 5
+    assert metrics["wm/cont"].item() == pytest.approx(expected, rel=1e-5)
+
+
+def lines_of(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
+
+
+def test_same_seed_same_metrics_and_checkpoint_round_trip(tmp_path):
+    runs = [train(Config(**SMALL, steps=130, seed=s, runs=str(tmp_path / d))) for s, d in
+            [(3, "a"), (3, "b"), (4, "c")]]
+    first, again, other = map(lines_of, runs)
+    assert [line["env/step"] for line in first] == [50, 100, 130]
+    assert first == again and first != other
+    one, two = load_agent(runs[0]), load_agent(runs[1] / "checkpoint.pt")
+    for (name, a), b in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert evaluate(one, 1, seed=3)["eval/return"] == first[-1]["eval/return"]
+
+
+def test_evaluation_is_a_function_of_its_seed_and_leaves_the_random_state(tmp_path):
+    agent = Agent(gym.spaces.Discrete(2), Config(**SMALL))
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    assert evaluate(agent, 2, seed=5) == evaluate(agent, 2, seed=5)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_evaluation_of_no_episodes_is_refused(agent):
+    with pytest.raises(DreamerError, match="at least 1, not 0"):
+        evaluate(agent, 0)
+
+
+def test_continuous_actions_train_too(tmp_path):
+    config = Config(**SMALL, env="Pendulum-v1", steps=220, runs=str(tmp_path), action_repeat=2)
+    agent = load_agent(train(config))
+    env = PixelEnv("Pendulum-v1")
+    action, _ = agent.act(env.reset(seed=0)[0])
+    assert env.action_space.contains(action)
+
+
+def flags(options):
+    return [x for k, v in options.items() for x in (f"--{k.replace('_', '-')}", str(v))]
+
+
+def test_a_run_from_the_command_line_leaves_every_file_and_explained_metrics(tmp_path):
+    command = [sys.executable, str(HERE / "dreamer.py"), "--device", "cpu", "--steps", "200"]
+    run = subprocess.run(command + flags(SMALL), cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    folder = tmp_path / "runs" / "CartPole-v1-0"
+    files = {"config.json", "metrics.jsonl", "curves.png", "checkpoint.pt"}
+    assert {path.name for path in folder.iterdir()} == files
+    assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert json.loads((folder / "config.json").read_text())["steps"] == 200
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    keys = {key for line in lines for key in json.loads(line)}
+    assert {k.split("/")[0] for k in keys} == {"env", "wm", "ac", "eval", "time"}
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    assert not [key for key in keys if f"`{key}`" not in readme]
+    again = subprocess.run(
+        command[:2] + ["--eval", str(folder), "--episodes", "2"], capture_output=True, text=True)
+    assert re.search(r"mean [\d.]+, std [\d.]+, min [\d.]+, max [\d.]+", again.stdout), again.stderr
+
+
+BAD_INPUT = [
+    (["--stepz", "3"], "unrecognized arguments: --stepz"),
+    (["--steps", "many"], "invalid int value: 'many'"),
+    (["--steps", "0"], "steps has to be between 1"),
+    (["--gamma", "1.5"], "gamma has to be between 0 and 1"),
+    (["--world-model-lr", "nan"], "world_model_lr has to be"),
+    (["--batch-length", "64", "--prefill", "10"], "prefill and capacity have to be at least"),
+    (["--env", "CartPol-v1"], "closest id is CartPole-v1"),
+    (["--env", "no_such_module:Thing-v0"], "No module named 'no_such_module'"),
+    (["--env", "Blind-v0"], "cannot render"),
+    (["--env", "Buttons-v0"], "neither Discrete nor a bounded Box"),
+    (["--device", "tpu"], "no device tpu"),
+    (["--eval", "nowhere"], "nowhere is no checkpoint"),
+    (["--eval", "broken.pt"], "broken.pt is no checkpoint"),
+    (["--eval", "foreign.pt"], "foreign.pt is no checkpoint"),
+    (["--runs", "occupied"], "move it away"),
+    (["--runs", "broken.pt"], "broken.pt"),
+]
+
+
+@pytest.mark.parametrize("argv, message", BAD_INPUT, ids=[" ".join(argv) for argv, _ in BAD_INPUT])
+@pytest.mark.filterwarnings("ignore")
+def test_bad_input_ends_in_one_clear_line(argv, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("broken.pt").write_bytes(b"PK\x03\x04 not really")
+    torch.save({"weights": torch.zeros(3)}, "foreign.pt")
+    Path("occupied/CartPole-v1-0").mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    try:
+        code = dreamer.main(argv)
+    except SystemExit as stop:
+        code = stop.code
+    error = capsys.readouterr().err.strip()
+    assert code == 2 and message in error
+    assert error.startswith("dreamer.py: error: ") and "\n" not in error
+    assert sorted(tmp_path.rglob("*")) == before  # nothing written, nothing overwritten
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_where_there_is_none_is_refused(tmp_path, capsys):
+    assert dreamer.main(["--device", "cuda", "--runs", str(tmp_path / "r")]) == 2
+    assert "no device cuda" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_cuda_run_trains_and_its_checkpoint_loads_on_the_cpu(tmp_path):
+    folder = train(Config(**SMALL, steps=120, runs=str(tmp_path), device="cuda"))
+    assert load_agent(folder, "cpu").act(np.zeros((64, 64, 3), np.uint8))[0] in (0, 1)
+
+
+def test_help_explains_every_option(capsys):
+    with pytest.raises(SystemExit) as stop:
+        dreamer.main(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    for name, default in vars(Config()).items():
+        option, default = name.replace("_", "-"), re.escape(str(default))
+        assert re.search(rf"--{option} [A-Z]+\s+\w[^(]+\({default}\)", text), name
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
+def test_a_process_that_has_rendered_obeys_kill(tmp_path):
+    code = ("import time, dreamer; dreamer.PixelEnv('CartPole-v1').reset();"
+            "print('up', flush=True); time.sleep(60)")
+    child = subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE)
+    child.stdout.readline()
+    child.terminate()
+    assert child.wait(10) == -signal.SIGTERM
+
+
+def test_the_file_opens_as_a_notebook_whose_cells_run_in_order(monkeypatch):
+    source = (HERE / "dreamer.py").read_text(encoding="utf-8")
+    cells = re.split(r"^# %%.*\n", source, flags=re.MULTILINE)
+    notebook = types.ModuleType("notebook")
+    monkeypatch.setitem(sys.modules, "notebook", notebook)
+    flags = __future__.annotations.compiler_flag  # IPython, too, carries it from cell to cell
+    for cell in cells:
+        exec(compile(cell, "cell", "exec", flags), vars(notebook))
+    assert notebook.Config().env == "CartPole-v1"
+
+
+def test_errors_are_raised_as_dreamer_errors_for_importers():
+    with pytest.raises(DreamerError, match="closest"):
+        PixelEnv("Pendulumm-v1")
+
+
+# And all of it together
+def test_it_learns_to_walk_the_corridor_from_pixels(tmp_path):
+    """Random actions collect about 1 of 12; fails without world model or without actor updates."""
+    config = Config(
+        env="Corridor-v0", steps=1_000, prefill=400, pretrain=100, train_ratio=48, batch_size=8,
+        batch_length=8, horizon=8, depth=2, hidden=32, groups=8, classes=8, units=64,
+        capacity=2_000, entropy=1e-2, actor_lr=1e-3, critic_lr=1e-3, eval_every=1_000,
+        runs=str(tmp_path))
+    env = PixelEnv("Corridor-v0")
+
+    def at_random(obs, state):
+        return env.action_space.sample(), None
+
+    random_returns = [sum(row["reward"] for row in play(env, at_random, s)) for s in range(40)]
+    assert np.mean(random_returns) < 3
+    assert evaluate(load_agent(train(config)), 5, seed=1)["eval/return"] >= 11
