@@ -136,7 +136,6 @@ def pick_device(name: str) -> torch.device:
         raise DreamerError(f"there is no device {name} here; --device auto takes {best}")
     return torch.device(best if name == "auto" else name)
 
-
 # %% 1.2 Small tools
 def sg(x: Tensor) -> Tensor:
     """Stop-gradient, the only cut inside a loss: searching for `sg(` finds every one of them."""
@@ -164,18 +163,14 @@ def twohot_encode(x: Tensor, bins: Tensor) -> Tensor:
     return zeros.scatter(-1, above - 1, 1 - weight).scatter(-1, above, weight)
 
 def twohot_decode(logits: Tensor, bins: Tensor) -> Tensor:
-    """Logits [..., len(bins)] -> mean [...] of the bins.
-
-    Bins of opposite sign are summed in pairs: the outer ones cancel, zero logits give exactly 0.
-    """
+    """Logits [..., len(bins)] -> mean [...] of the bins. Bins of opposite sign are summed in
+    pairs: the huge outer ones cancel, and zero logits give exactly 0."""
     terms = torch.softmax(logits, -1) * bins
     return (terms + terms.flip(-1)).sum(-1) / 2
 
 def init_weights(module: nn.Module) -> None:
     """For `network.apply`: truncated normal weights of variance 1 / fan-in, zero biases.
-
-    PyTorch's own start has a third of this variance; the pole's angle then enters z much later.
-    """
+    PyTorch's own start has a third of this variance; the pole's angle then enters z much later."""
     if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
         fan_in = module.weight[0].numel()
         if isinstance(module, nn.ConvTranspose2d):  # weight [in, out, k, k]
@@ -194,14 +189,11 @@ def mlp(inputs: int, units: int, layers: int, outputs: int, outscale: float = 1.
     network[-1].weight.data *= outscale
     return network
 
-
 # %% 1.3 Pixel wrapper
 class PixelEnv(gym.Env):
-    """Any registered Gymnasium environment, seen through its pixels.
-
-    Observations: uint8 [size, size, 3], the rendered frame averaged over areas. Actions: the
-    environment's own if Discrete; in [-1, 1], clipped and rescaled, if Box. Each is repeated
-    `action_repeat` times and the rewards are summed.
+    """Any registered Gymnasium environment, seen through its pixels: uint8 [size, size, 3], the
+    rendered frame averaged over areas. Actions are the environment's own if Discrete; in [-1, 1],
+    clipped and rescaled, if Box; repeated `action_repeat` times, with their rewards summed.
     Raises DreamerError for an unknown id, an environment without pixels, other action spaces.
     """
 
@@ -247,7 +239,6 @@ class PixelEnv(gym.Env):
         small = pygame.transform.smoothscale(surface, (self.size, self.size))
         return pygame.surfarray.array3d(small).transpose(1, 0, 2)  # pygame has [x, y, color]
 
-
 # %% 1.4 CNN encoder and decoder
 class ChannelNorm(nn.LayerNorm):
     """Layer norm over the channels of [N, C, H, W]: free permutes, as memory is channels-last."""
@@ -289,7 +280,6 @@ class Decoder(nn.Module):
         x = self.layers(feat.reshape(-1, feat.shape[-1]))
         return x.permute(0, 2, 3, 1).unflatten(0, feat.shape[:-1])
 
-
 # %% 1.5 RSSM
 def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
     """KL(p || q) in nats, summed over the groups; log-probabilities [..., S, K] -> [...]."""
@@ -324,9 +314,7 @@ class RSSM(nn.Module):
 
     def log_probs(self, logits: Tensor) -> Tensor:
         """Logits [., S*K] -> log-probabilities [., S, K] of 99 % softmax + 1 % uniform (unimix).
-
-        Samples, KL and entropy all use these, so no class is impossible and no KL infinite.
-        """
+        Samples, KL and entropy all use these, so no class is impossible and no KL infinite."""
         probs = torch.softmax(logits.unflatten(-1, (self.groups, self.classes)), -1)
         return torch.log((1 - self.unimix) * probs + self.unimix / self.classes)
 
@@ -345,9 +333,7 @@ class RSSM(nn.Module):
         self, h: Tensor, z: Tensor, prev_action: Tensor, embed: Tensor, is_first: Tensor
     ) -> Tensors:
         """One step with a frame [., E]: the next h, z from the posterior, and the posterior.
-
-        is_first [.] erases h, z and the action: nothing crosses the border of an episode.
-        """
+        is_first [.] erases h, z and the action: nothing crosses the border of an episode."""
         keep = (~is_first).unsqueeze(-1)
         h = self.recur(h * keep, z * keep, prev_action * keep)
         post = self.log_probs(self.post_net(torch.cat([h, embed], -1)))
@@ -362,7 +348,6 @@ class RSSM(nn.Module):
             steps.append((h, z, post))
         h, z, post = (torch.stack(x, 1) for x in zip(*steps, strict=True))
         return h, z, post, self.log_probs(self.prior_net(h))
-
 
 # %% 1.6 Reward and continue heads
 class TwoHotHead(nn.Module):
@@ -395,13 +380,10 @@ class ContinueHead(nn.Module):
         logits = self.net(feat).squeeze(-1)
         return F.binary_cross_entropy_with_logits(logits, cont, reduction="none")
 
-
 # %% 1.7 Actor and critic
 class Actor(nn.Module):
-    """Features [..., F] -> distribution over actions [..., A].
-
-    Discrete: one-hot categorical. Box: normal, mean in (-1, 1), deviation in (0.1, 1).
-    """
+    """Features [..., F] -> distribution over actions [..., A]. Discrete: one-hot categorical;
+    Box: normal, mean in (-1, 1), deviation in (0.1, 1)."""
 
     def __init__(self, feat_size: int, action_space: gym.Space, units: int):
         super().__init__()
@@ -418,7 +400,6 @@ class Actor(nn.Module):
 
 class Critic(TwoHotHead):
     """Features [..., F] -> value [...]: the discounted rewards that the actor will yet collect."""
-
 
 # %% 1.8 Replay buffer
 class ReplayBuffer:
@@ -441,15 +422,12 @@ class ReplayBuffer:
         self.size = min(self.size + 1, self.capacity)
 
     def sample(self, batch_size: int, length: int, device: torch.device) -> Named:
-        """[B, T, ...] windows of consecutive rows, uniform over where they can start.
-
-        A window may run from one episode into the next (is_first marks it), but never from the
-        newest row to the oldest: positions are counted from the oldest one.
-        """
+        """[B, T, ...] windows of consecutive rows, uniform over where they can start. They run
+        across episodes (is_first marks it), but never from the newest row to the oldest."""
         start = torch.randint(self.size - length + 1, (batch_size, 1))
-        index = (self.cursor - self.size + start + torch.arange(length)) % self.capacity
+        oldest = self.cursor - self.size
+        index = (oldest + start + torch.arange(length)) % self.capacity
         return {name: rows[index].to(device) for name, rows in self.rows.items()}
-
 
 # %% [markdown]
 # # Section 2: World Model Update
@@ -499,7 +477,6 @@ class WorldModel(nn.Module):
         metrics["wm/kl"] = sg(kl_divergence(post, prior)).mean()  # before free nats
         return total.mean(), h, z, metrics
 
-
 # %% 2.2 World model update step
 def gradient_step(loss: Tensor, name: str, agent: Agent, optimizers: Optimizers) -> Tensor:
     """Move the weights of that part of the agent, and no others; returns the gradient's norm []."""
@@ -517,7 +494,6 @@ def update_world_model(
     loss, h, z, metrics = agent.world_model.loss(batch)
     metrics["wm/grad_norm"] = gradient_step(loss, "world_model", agent, optimizers)
     return sg(h).flatten(0, 1), sg(z).flatten(0, 1), metrics
-
 
 # %% [markdown]
 # # Section 3: Behavior Learning
@@ -542,22 +518,18 @@ def imagine(model: WorldModel, actor: Actor, h: Tensor, z: Tensor, horizon: int)
         feats.append(torch.cat([h, z], -1))  # [N,F]
     return torch.stack(feats), torch.stack(actions)
 
-
 # %% 3.2 Lambda-return
 def lambda_return(
     reward: Tensor, value: Tensor, cont: Tensor, gamma: float, lam: float
 ) -> Tensor:
     """Eq. 3.2: reward, value and cont [H+1, ...] of the states 0 to H -> R [H, ...] of 0 to H-1.
-
-    Entry 0 of reward and cont belongs to the action before the dream, and is not used.
-    """
+    Entry 0 of reward and cont belongs to the action before the dream, and is not used."""
     assert reward.shape == value.shape == cont.shape
     returns = [value[-1]]
     for t in reversed(range(len(value) - 1)):
         mixed = (1 - lam) * value[t + 1] + lam * returns[-1]
         returns.append(reward[t + 1] + gamma * cont[t + 1] * mixed)
     return torch.stack(returns[:0:-1])  # in the order of time, without R_H
-
 
 # %% 3.3 Return normalisation, actor and critic losses
 def return_scale(return_range: Tensor, returns: Tensor, rate: float) -> Tensor:
@@ -583,7 +555,6 @@ def critic_loss(
     loss = critic.loss(sg(feat), sg(returns), sg(slow_critic(feat)))  # [H,N]
     assert loss.shape == weight.shape
     return (sg(weight) * loss).mean()
-
 
 # %% 3.4 Behavior update step
 def update_behavior(agent: Agent, optimizers: Optimizers, h: Tensor, z: Tensor) -> Named:
@@ -614,7 +585,6 @@ def update_behavior(agent: Agent, optimizers: Optimizers, h: Tensor, z: Tensor) 
         "ac/actor_grad_norm": norm_actor, "ac/critic_grad_norm": norm_critic,
     }
 
-
 # %% [markdown]
 # # Section 4: Training Loop
 # Random actions fill the replay buffer, and the world model alone learns from them for a while: an
@@ -639,10 +609,8 @@ class Agent(nn.Module):
     @torch.no_grad()
     def act(self, obs: np.ndarray, state: tuple | None = None, explore: bool = False):
         """Frame uint8 [64,64,3], state from the last call (None: first frame) -> the most likely
-        action (a sample if `explore`) for `PixelEnv.step`, state (h, z, action [1,A]).
-
-        The recursion is the one that trains: a frame goes in with the action that led to it.
-        """
+        action (a sample if `explore`) for `PixelEnv.step`, state (h, z, action [1,A]). The
+        recursion is the one that trains: a frame goes in with the action that led to it."""
         rssm, device = self.world_model.rssm, self.return_range.device
         is_first = torch.tensor([state is None], device=device)
         if state is None:
@@ -652,7 +620,6 @@ class Agent(nn.Module):
         policy = self.actor(torch.cat([h, z], -1))
         action = policy.sample() if explore else policy.mode
         return gym.spaces.unflatten(self.action_space, action[0].cpu().numpy()), (h, z, action)
-
 
 # %% 4.2 Collecting
 def play(env: gym.Env, act: Callable[[np.ndarray, Any], tuple], seed: int) -> Iterator[dict]:
@@ -673,7 +640,6 @@ def episode_seed(seed: int, number: int, evaluation: bool) -> int:
     """Training episodes have even seeds, evaluation episodes odd ones: they never meet."""
     return 2 * (1_000_000 * seed + number) + evaluation
 
-
 # %% 4.3 Training
 def updates_due(step: int, config: Config) -> int:
     """How many updates a run has made after this many environment steps."""
@@ -681,11 +647,9 @@ def updates_due(step: int, config: Config) -> int:
     return 0 if step < config.prefill else config.pretrain + int(ratio * (step - config.prefill))
 
 def train(config: Config) -> Path:
-    """Train from scratch; returns the run's folder: config, metrics, curves and checkpoint.
-
-    The same config gives the same metrics (times aside) on the same machine and thread count.
-    Raises DreamerError, before anything is written, for what is wrong with the config.
-    """
+    """Train from scratch; returns the run's folder: config, metrics, curves and checkpoint. The
+    same config gives the same metrics (times aside) on the same machine and thread count.
+    Raises DreamerError, before anything is written, for what is wrong with the config."""
     device = pick_device(config.device)
     torch.manual_seed(config.seed)
     env = PixelEnv(config.env, action_repeat=config.action_repeat)
@@ -731,7 +695,6 @@ def train(config: Config) -> Path:
     env.close()
     log.bar.close()
     return log.folder
-
 
 # %% 4.4 Logging, curves, checkpoint
 def new_folder(config: Config) -> Path:
@@ -802,10 +765,8 @@ def save_checkpoint(folder: Path, agent: Agent, optimizers: dict, step: int) -> 
     os.replace(folder / "checkpoint.new", folder / "checkpoint.pt")
 
 def load_agent(path: str | Path, device: str = "auto") -> Agent:
-    """The agent in a run's folder or checkpoint file, ready for `agent.act` and `evaluate`.
-
-    Runs no code from the file. Raises DreamerError if it is missing, broken or not of this program.
-    """
+    """The agent in a run's folder or checkpoint file, ready for `agent.act` and `evaluate`. Runs
+    no code from the file; raises DreamerError if it is missing, broken or another program's."""
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -816,7 +777,6 @@ def load_agent(path: str | Path, device: str = "auto") -> Agent:
         reason = str(error) if isinstance(error, DreamerError) else type(error).__name__
         raise DreamerError(f"{path} is no checkpoint that can be used ({reason})") from error
     return agent.to(pick_device(device))
-
 
 # %% [markdown]
 # # Section 5: Self-Evaluation Metrics
@@ -837,7 +797,6 @@ def evaluate(agent: Agent, episodes: int = 20, seed: int = 0) -> dict[str, float
     env.close()
     return {"eval/return": float(np.mean(returns)), "eval/return_std": float(np.std(returns)),
             "eval/return_min": min(returns), "eval/return_max": max(returns)}
-
 
 # %% Command line
 def make_parser() -> argparse.ArgumentParser:
@@ -880,7 +839,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"dreamer.py: error: {error}", file=sys.stderr)
         return 2
     return 0
-
 
 # %% Run
 if __name__ == "__main__":
