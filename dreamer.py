@@ -28,6 +28,7 @@ critic loss                                    -                    -       yes
 # %% [markdown]
 # # Section 1: Setup
 # The pixel environment, the parts of the world model, the actor, the critic and the replay buffer.
+# Encoder and RSSM, which earlier lessons build, are written out in 1.4 and 1.5.
 #
 # - Eq. 1.1, recurrent state: `h_t = f(h_{t-1}, z_{t-1}, a_{t-1})`, the memory of the episode
 # - Eq. 1.2, posterior: `z_t ~ q(z | h_t, o_t)`, what the frame adds to the memory
@@ -41,7 +42,6 @@ import copy
 import difflib
 import inspect
 import json
-import math
 import os
 import re
 import sys
@@ -61,7 +61,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, OneHotCategorical
 from tqdm import tqdm
 
-# SDL draws many environments. It shall need no screen, and leave SIGTERM (`kill`) to Python.
+# SDL draws many environments. It must not need a screen, nor take SIGTERM (`kill`) from Python.
 os.environ |= {"PYGAME_HIDE_SUPPORT_PROMPT": "1", "SDL_NO_SIGNAL_HANDLERS": "1"}
 if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
@@ -79,7 +79,7 @@ class Config:
     """The options of a run, and of the command line; DreamerError for a number out of its range."""
 
     env: str = "CartPole-v1"  # Gymnasium id; module:Id imports the module first
-    seed: int = 0  # of weights, actions, batches and episodes
+    seed: int = 0  # seed of weights, actions, batches and episodes
     steps: int = 10_000  # environment steps of the run, as the agent counts them
     device: str = "auto"  # auto, cpu or cuda; auto takes cuda where there is one
     runs: str = "runs"  # folder for results; a run writes to RUNS/ENV-SEED
@@ -98,7 +98,7 @@ class Config:
     classes: int = 8  # K, classes of each of them
     units: int = 128  # width of the hidden layers of every MLP
     unimix: float = 0.01  # share of the uniform distribution in prior and posterior
-    free_nats: float = 1.0  # KL of a step, in nats, below which it is left alone
+    free_nats: float = 1.0  # KL of a step, in nats, below which it is not penalised
     scale_recon: float = 1.0  # weight of the reconstruction loss
     scale_reward: float = 1.0  # weight of the reward loss
     scale_cont: float = 1.0  # weight of the continue loss
@@ -116,8 +116,8 @@ class Config:
     return_rate: float = 0.01  # share of new returns in the running range of returns
     max_grad_norm: float = 10.0  # norm that gradients are clipped to
     # results
-    log_every: int = 500  # steps between two lines of metrics.jsonl
-    eval_every: int = 2_500  # steps between two evaluations
+    log_every: int = 500  # steps between lines of metrics.jsonl; evaluations add theirs
+    eval_every: int = 2_500  # steps between evaluations, each followed by a checkpoint
     eval_episodes: int = 5  # episodes of an evaluation during training
 
     def __post_init__(self):
@@ -126,8 +126,8 @@ class Config:
             high = 1 if name in ("unimix", "gamma", "lam", "slow_rate", "return_rate") else 1e9
             if not isinstance(value, str) and not low <= value <= high:  # catches nan, too
                 raise DreamerError(f"{name} has to be between {low} and {high:.0f}, not {value}")
-        if self.batch_length > min(self.prefill, self.capacity):
-            raise DreamerError("prefill and capacity have to be at least batch_length")
+        if self.batch_length > min(self.prefill, self.capacity) or self.gamma == 0:
+            raise DreamerError("prefill and capacity must reach batch_length, and gamma exceed 0")
 
 def pick_device(name: str) -> torch.device:
     """auto, cpu or cuda -> device; DreamerError for others, and for cuda where there is none."""
@@ -138,7 +138,7 @@ def pick_device(name: str) -> torch.device:
 
 # %% 1.2 Small tools
 def sg(x: Tensor) -> Tensor:
-    """Stop-gradient, the only cut inside a loss: searching for `sg(` finds every one of them."""
+    """Stop-gradient, the only cut in a loss: search for `sg(` to see them all."""
     return x.detach()
 
 def symlog(x: Tensor) -> Tensor:
@@ -174,8 +174,8 @@ def init_weights(module: nn.Module) -> None:
     if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
         fan_in = module.weight[0].numel()
         if isinstance(module, nn.ConvTranspose2d):  # weight [in, out, k, k]
-            fan_in = module.weight[:, 0].numel() / math.prod(module.stride)
-        std = 1.1368 / math.sqrt(fan_in)  # 1.1368 makes up for the tails cut at two sigma
+            fan_in = module.weight[:, 0].numel() / np.prod(module.stride)
+        std = 1.1368 / fan_in**0.5  # 1.1368 makes up for the tails cut at two sigma
         nn.init.trunc_normal_(module.weight, 0.0, std, -2 * std, 2 * std)
         nn.init.zeros_(module.bias)
 
@@ -194,23 +194,25 @@ class PixelEnv(gym.Env):
     """Any registered Gymnasium environment, seen through its pixels: uint8 [size, size, 3], the
     rendered frame averaged over areas. Actions are the environment's own if Discrete; in [-1, 1],
     clipped and rescaled, if Box; repeated `action_repeat` times, with their rewards summed.
-    Raises DreamerError for an unknown id, an environment without pixels, other action spaces.
-    """
+    Raises DreamerError for an unknown id, an environment without pixels, other action spaces."""
 
     def __init__(self, env_id: str, size: int = 64, action_repeat: int = 1):
         try:
             self.env = gym.make(env_id, render_mode="rgb_array", disable_env_checker=True)
-        except (gym.error.Error, ImportError) as error:
+            self.env.reset()
+            frame = self.env.render()  # some environments find out only here that they cannot
+        except Exception as error:  # whatever an environment raises
             closest = difflib.get_close_matches(env_id, gym.registry, n=1, cutoff=0.0)[0]
-            raise DreamerError(f"--env {env_id}: {error} The closest id is {closest}") from error
-        self.metadata, self.render_mode = self.env.metadata, "rgb_array"
-        if "rgb_array" not in self.metadata.get("render_modes", []):
-            raise DreamerError(f"--env {env_id} cannot render to rgb_array: there are no pixels")
+            hint = f" The closest id is {closest}." if closest != env_id else ""
+            raise DreamerError(f"--env {env_id}: {error}{hint}") from error
+        if getattr(frame, "dtype", None) != np.uint8 or frame.shape[2:] != (3,):
+            raise DreamerError(f"--env {env_id} cannot render uint8 frames [height, width, 3]")
         space = self.env.action_space
-        if isinstance(space, gym.spaces.Box) and space.is_bounded():
+        if isinstance(space, gym.spaces.Box) and space.is_bounded() and space.dtype.kind == "f":
             self.env = gym.wrappers.RescaleAction(self.env, np.float32(-1), np.float32(1))
         elif not isinstance(space, gym.spaces.Discrete):
             raise DreamerError(f"--env {env_id}: actions are neither Discrete nor a bounded Box")
+        self.metadata, self.render_mode = self.env.metadata, "rgb_array"
         self.size, self.action_repeat = size, action_repeat
         self.action_space = self.env.action_space
         self.observation_space = gym.spaces.Box(0, 255, (size, size, 3), np.uint8)
@@ -235,13 +237,13 @@ class PixelEnv(gym.Env):
     def pixels(self) -> np.ndarray:
         """The frame now, averaged over areas: uint8 [size, size, 3]."""
         frame = np.ascontiguousarray(self.render())
-        surface = pygame.image.frombuffer(frame, (frame.shape[1], frame.shape[0]), "RGB")
+        surface = pygame.image.frombuffer(frame, frame.shape[1::-1], "RGB")
         small = pygame.transform.smoothscale(surface, (self.size, self.size))
         return pygame.surfarray.array3d(small).transpose(1, 0, 2)  # pygame has [x, y, color]
 
 # %% 1.4 CNN encoder and decoder
 class ChannelNorm(nn.LayerNorm):
-    """Layer norm over the channels of [N, C, H, W]: free permutes, as memory is channels-last."""
+    """Layer norm over the channels of [N, C, H, W], whose memory is channels-last."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -305,7 +307,7 @@ class RSSM(nn.Module):
 
     def recur(self, h: Tensor, z: Tensor, prev_action: Tensor) -> Tensor:
         """Eq. 1.1, a GRU with layer norm: h [., D], z [., S*K], action [., A] -> next h [., D]."""
-        prev_action = prev_action / sg(prev_action.abs().clamp(min=1))  # as the environment clips
+        prev_action = prev_action / sg(prev_action.abs().clamp(min=1))  # clip to [-1, 1]
         x = self.inputs(torch.cat([z, prev_action], -1))
         reset, candidate, update = self.gates(torch.cat([x, h], -1)).chunk(3, -1)
         candidate = torch.tanh(torch.sigmoid(reset) * candidate)
@@ -313,7 +315,7 @@ class RSSM(nn.Module):
         return update * candidate + (1 - update) * h
 
     def log_probs(self, logits: Tensor) -> Tensor:
-        """Logits [., S*K] -> log-probabilities [., S, K] of 99 % softmax + 1 % uniform (unimix).
+        """Logits [., S*K] -> log-probabilities [., S, K]: softmax, and a share `unimix` of uniform.
         Samples, KL and entropy all use these, so no class is impossible and no KL infinite."""
         probs = torch.softmax(logits.unflatten(-1, (self.groups, self.classes)), -1)
         return torch.log((1 - self.unimix) * probs + self.unimix / self.classes)
@@ -341,7 +343,7 @@ class RSSM(nn.Module):
 
     def observe(self, embed: Tensor, prev_action: Tensor, is_first: Tensor) -> Tensors:
         """Sequences [B,T,...] -> h [B,T,D], z [B,T,S*K], posterior and prior [B,T,S,K]."""
-        h, z = self.initial(len(embed))
+        h, z = self.initial(len(embed))  # in mid-episode, too: the first steps know little
         steps = []
         for t in range(embed.shape[1]):
             h, z, post = self.obs_step(h, z, prev_action[:, t], embed[:, t], is_first[:, t])
@@ -399,7 +401,7 @@ class Actor(nn.Module):
         return Independent(normal, 1, validate_args=False)
 
 class Critic(TwoHotHead):
-    """Features [..., F] -> value [...]: the discounted rewards that the actor will yet collect."""
+    """Features [..., F] -> value [...]: the discounted rewards that are still to be collected."""
 
 # %% 1.8 Replay buffer
 class ReplayBuffer:
@@ -408,7 +410,8 @@ class ReplayBuffer:
     def __init__(self, capacity: int, action_size: int):
         self.capacity, self.size, self.cursor = capacity, 0, 0  # cursor: where the next row goes
         self.rows = {
-            "obs": torch.zeros(capacity, 64, 64, 3, dtype=torch.uint8),
+            # NumPy's zeros, unlike PyTorch's, take memory only when a row is first written
+            "obs": torch.from_numpy(np.zeros((capacity, 64, 64, 3), np.uint8)),
             "prev_action": torch.zeros(capacity, action_size),
             "reward": torch.zeros(capacity),
             "terminated": torch.zeros(capacity, dtype=torch.bool),
@@ -436,11 +439,11 @@ class ReplayBuffer:
 #
 # - Eq. 2.1 `recon = sum over pixels of (o_t - decoder(h_t, z_t))^2`
 # - Eq. 2.2 `reward = -ln p(r_t | h_t, z_t)`, a cross-entropy with the two-hot reward
-# - Eq. 2.3 `cont = -ln p(c_t | h_t, z_t)`, with `c_t = 1 - terminated_t`: time limits end nothing
+# - Eq. 2.3 `cont = -ln p(c_t | h_t, z_t)`, with `c_t = 1 - terminated_t`: a time limit ends nothing
 # - Eq. 2.4 `dyn = max(1, KL(sg(q) || p))`: the prior learns to foresee the posterior
 # - Eq. 2.5 `rep = max(1, KL(q || sg(p)))`: the posterior, gently, learns to be foreseeable
 #
-# The KL is summed over the groups of z before max; one free nat a step keeps small details alive.
+# The KL is summed over the groups of z before the max; one nat a step is free, not pushed down.
 
 # %% 2.1 World model loss
 class WorldModel(nn.Module):
@@ -473,13 +476,13 @@ class WorldModel(nn.Module):
         }
         assert all(loss.shape == cont.shape for loss in losses.values())
         total = sum(getattr(self.config, f"scale_{name}") * loss for name, loss in losses.items())
-        metrics = {f"wm/{name}": sg(loss).mean() for name, loss in losses.items()}
-        metrics["wm/kl"] = sg(kl_divergence(post, prior)).mean()  # before free nats
+        metrics = {f"wm/{name}": loss.detach().mean() for name, loss in losses.items()}
+        metrics["wm/kl"] = kl_divergence(post, prior).detach().mean()  # before free nats
         return total.mean(), h, z, metrics
 
 # %% 2.2 World model update step
 def gradient_step(loss: Tensor, name: str, agent: Agent, optimizers: Optimizers) -> Tensor:
-    """Move the weights of that part of the agent, and no others; returns the gradient's norm []."""
+    """Move the weights of `agent.<name>` (4.1) and no others; returns the gradient's norm []."""
     optimizers[name].zero_grad()
     loss.backward()
     parameters = getattr(agent, name).parameters()
@@ -487,10 +490,8 @@ def gradient_step(loss: Tensor, name: str, agent: Agent, optimizers: Optimizers)
     optimizers[name].step()
     return norm
 
-def update_world_model(
-    agent: Agent, optimizers: Optimizers, batch: Named
-) -> tuple[Tensor, Tensor, Named]:
-    """One step on rows [B,T,...]; returns the states to dream from, h [N,D] and z [N,S*K]."""
+def update_world_model(agent: Agent, optimizers: Optimizers, batch: Named) -> tuple:
+    """One step on rows [B,T,...] -> the states to dream from, h [N,D], z [N,S*K]; metrics."""
     loss, h, z, metrics = agent.world_model.loss(batch)
     metrics["wm/grad_norm"] = gradient_step(loss, "world_model", agent, optimizers)
     return sg(h).flatten(0, 1), sg(z).flatten(0, 1), metrics
@@ -498,14 +499,15 @@ def update_world_model(
 # %% [markdown]
 # # Section 3: Behavior Learning
 # From every state of the batch the actor dreams H steps ahead: prior and actor alternate, and no
-# environment is asked. What the heads say of the dreamed states 0 to H is what the actor and the
-# critic learn from:
+# environment is asked. The critic learns what return v_t to expect in a dreamed state; an action
+# whose return beats v_t becomes more likely (REINFORCE: no gradient flows through the dream). The
+# slow critic, a trailing average of the critic, keeps its targets steady. With eta = `entropy`:
 #
-# - Eq. 3.1 `a_t ~ actor(h_t, z_t)`, `(h_{t+1}, z_{t+1}) ~ prior(h_t, z_t, a_t)`
+# - Eq. 3.1 `a_t ~ pi(. | h_t, z_t)`, `h_{t+1} = f(h_t, z_t, a_t)`, `z_{t+1} ~ p(. | h_{t+1})`
 # - Eq. 3.2 `R_t = r_{t+1} + gamma c_{t+1} ((1 - lam) v_{t+1} + lam R_{t+1})`, `R_H = v_H`
 # - Eq. 3.3 `w_t = c_0 (gamma c_1) ... (gamma c_t)`: the dream counts only while it is alive
-# - Eq. 3.4 `S = max(1, running mean of (95th - 5th percentile of R))`
-# - Eq. 3.5 `actor loss = -w_t (sg((R_t - v_t) / S) ln pi(a_t | h_t, z_t) + eta entropy)`
+# - Eq. 3.4 `scale = max(1, running mean of (95th - 5th percentile of R))`
+# - Eq. 3.5 `actor loss = -w_t (sg((R_t - v_t) / scale) ln pi(a_t | h_t, z_t) + eta entropy)`
 # - Eq. 3.6 `critic loss = -w_t (ln p(R_t | h_t, z_t) + ln p(slow critic's v_t | h_t, z_t))`
 
 # %% 3.1 Imagination
@@ -519,9 +521,7 @@ def imagine(model: WorldModel, actor: Actor, h: Tensor, z: Tensor, horizon: int)
     return torch.stack(feats), torch.stack(actions)
 
 # %% 3.2 Lambda-return
-def lambda_return(
-    reward: Tensor, value: Tensor, cont: Tensor, gamma: float, lam: float
-) -> Tensor:
+def lambda_return(reward: Tensor, value: Tensor, cont: Tensor, gamma: float, lam: float) -> Tensor:
     """Eq. 3.2: reward, value and cont [H+1, ...] of the states 0 to H -> R [H, ...] of 0 to H-1.
     Entry 0 of reward and cont belongs to the action before the dream, and is not used."""
     assert reward.shape == value.shape == cont.shape
@@ -533,7 +533,7 @@ def lambda_return(
 
 # %% 3.3 Return normalisation, actor and critic losses
 def return_scale(return_range: Tensor, returns: Tensor, rate: float) -> Tensor:
-    """Move the running [5th, 95th] percentile, in place, towards returns [H,N]; S []. Eq. 3.4."""
+    """Move the running [5th, 95th] percentile, in place, to returns [H,N]; scale []. Eq. 3.4."""
     percentiles = torch.quantile(returns.flatten(), returns.new_tensor([0.05, 0.95]))
     return_range.lerp_(percentiles, rate)
     return (return_range[1] - return_range[0]).clamp(min=1.0)
@@ -546,7 +546,7 @@ def actor_loss(
     entropy = policy.entropy()  # [H,N]
     objective = sg(advantage) * policy.log_prob(sg(action)) + eta * entropy  # [H,N]
     assert objective.shape == weight.shape
-    return -(sg(weight) * objective).mean(), sg(entropy).mean()
+    return -(sg(weight) * objective).mean(), entropy.detach().mean()
 
 def critic_loss(
     critic: Critic, slow_critic: Critic, feat: Tensor, returns: Tensor, weight: Tensor
@@ -570,7 +570,6 @@ def update_behavior(agent: Agent, optimizers: Optimizers, h: Tensor, z: Tensor) 
         weight = torch.cumprod(config.gamma * cont[:-1], 0) / config.gamma  # [H,N] Eq. 3.3
         scale = return_scale(agent.return_range, returns, config.return_rate)  # []
         advantage = (returns - value[:-1]) / scale  # [H,N]
-
     feat = feat[:-1]  # [H,N,F]: the last state has no action
     loss_actor, entropy = actor_loss(actor, feat, action, advantage, weight, config.entropy)
     loss_critic = critic_loss(critic, agent.slow_critic, feat, returns, weight)
@@ -580,7 +579,7 @@ def update_behavior(agent: Agent, optimizers: Optimizers, h: Tensor, z: Tensor) 
         for slow, fast in zip(agent.slow_critic.parameters(), critic.parameters(), strict=True):
             slow.lerp_(fast, config.slow_rate)
     return {
-        "ac/actor": sg(loss_actor), "ac/critic": sg(loss_critic), "ac/entropy": entropy,
+        "ac/actor": loss_actor.detach(), "ac/critic": loss_critic.detach(), "ac/entropy": entropy,
         "ac/return": returns.mean(), "ac/value": value.mean(), "ac/return_scale": scale,
         "ac/actor_grad_norm": norm_actor, "ac/critic_grad_norm": norm_critic,
     }
@@ -588,8 +587,8 @@ def update_behavior(agent: Agent, optimizers: Optimizers, h: Tensor, z: Tensor) 
 # %% [markdown]
 # # Section 4: Training Loop
 # Random actions fill the replay buffer, and the world model alone learns from them for a while: an
-# actor that learns before the state means something settles on a policy that shows nothing new.
-# Then act, update the world model, update the behavior, and again, at a fixed `train_ratio`.
+# actor that learns from states without meaning settles on a policy that shows nothing new. Then
+# act, update the world model, update the behavior, and again. The last cell of the file starts it.
 
 # %% 4.1 Acting
 class Agent(nn.Module):
@@ -622,19 +621,20 @@ class Agent(nn.Module):
         return gym.spaces.unflatten(self.action_space, action[0].cpu().numpy()), (h, z, action)
 
 # %% 4.2 Collecting
-def play(env: gym.Env, act: Callable[[np.ndarray, Any], tuple], seed: int) -> Iterator[dict]:
-    """One episode of `act(obs, state) -> (action, state)`: its rows, as in the time diagram."""
+def play(env: gym.Env, act: Callable[[np.ndarray, Any], tuple], seed: int) -> Iterator[tuple]:
+    """One episode of `act(obs, state) -> (action, state)`: (row of the time diagram, is_last)."""
     obs, _ = env.reset(seed=seed)
     env.action_space.seed(seed)
     no_action = np.zeros(gym.spaces.flatdim(env.action_space), np.float32)
-    yield dict(prev_action=no_action, obs=obs, reward=0.0, terminated=False, is_first=True)
-    state, terminated, truncated = None, False, False
-    while not (terminated or truncated):
+    yield dict(prev_action=no_action, obs=obs, reward=0.0, terminated=False, is_first=True), False
+    state, is_last = None, False
+    while not is_last:
         action, state = act(obs, state)
         obs, reward, terminated, truncated, _ = env.step(action)
         prev_action = gym.spaces.flatten(env.action_space, action)  # one-hot if Discrete
-        yield dict(  # `truncated` ends the episode, but is not `terminated`
-            prev_action=prev_action, obs=obs, reward=reward, terminated=terminated, is_first=False)
+        row = dict(prev_action=prev_action, obs=obs, reward=reward, terminated=terminated)
+        is_last = terminated or truncated  # a time limit ends the episode, but is not terminated
+        yield row | {"is_first": False}, is_last
 
 def episode_seed(seed: int, number: int, evaluation: bool) -> int:
     """Training episodes have even seeds, evaluation episodes odd ones: they never meet."""
@@ -648,28 +648,28 @@ def updates_due(step: int, config: Config) -> int:
 
 def train(config: Config) -> Path:
     """Train from scratch; returns the run's folder: config, metrics, curves and checkpoint. The
-    same config gives the same metrics (times aside) on the same machine and thread count.
+    same config gives the same metrics (times aside) on the same CPU and number of threads.
     Raises DreamerError, before anything is written, for what is wrong with the config."""
     device = pick_device(config.device)
     torch.manual_seed(config.seed)
     env = PixelEnv(config.env, action_repeat=config.action_repeat)
     agent = Agent(env.action_space, config).to(device)
     replay = ReplayBuffer(config.capacity, agent.action_size)
-    rates = dict(world_model=config.world_model_lr, actor=config.actor_lr, critic=config.critic_lr)
-    optimizers = {  # one each, so that a loss moves nothing but its own part
-        name: torch.optim.Adam(getattr(agent, name).parameters(), rate, fused=True)
-        for name, rate in rates.items()}
+    optimizers = {}  # one each, so that a loss moves nothing but its own part
+    for name in ("world_model", "actor", "critic"):
+        rate = getattr(config, f"{name}_lr")
+        optimizers[name] = torch.optim.Adam(getattr(agent, name).parameters(), rate, fused=True)
     log = Log(new_folder(config), config.steps)
     step = updates = episode = 0
 
     def act(obs: np.ndarray, state: tuple | None) -> tuple:
-        if step < config.prefill:
+        if step < config.prefill:  # where it ends, the agent takes over with a zero state
             return env.action_space.sample(), None
         return agent.act(obs, state, explore=True)
 
     while step < config.steps:
         rewards = []
-        for row in play(env, act, episode_seed(config.seed, episode, evaluation=False)):
+        for row, is_last in play(env, act, episode_seed(config.seed, episode, evaluation=False)):
             replay.add(row)
             if row["is_first"]:
                 continue  # a reset is a row, but not a step
@@ -682,6 +682,9 @@ def train(config: Config) -> Path:
                     metrics |= update_behavior(agent, optimizers, h, z)
                 updates += 1
                 log.add(metrics, step)
+            if is_last:
+                episode += 1
+                log.add({"env/return": sum(rewards), "env/length": len(rewards)}, step)
             evaluate_now = step % config.eval_every == 0 or step == config.steps
             if evaluate_now:
                 log.add(evaluate(agent, config.eval_episodes, config.seed), step)
@@ -690,8 +693,6 @@ def train(config: Config) -> Path:
                 log.write({"env/step": step, "env/episodes": episode, "wm/updates": updates})
             if step == config.steps:
                 break
-        episode += 1
-        log.add({"env/return": sum(rewards), "env/length": len(rewards)}, step)
     env.close()
     log.bar.close()
     return log.folder
@@ -704,8 +705,7 @@ def new_folder(config: Config) -> Path:
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
     except OSError as error:
-        hint = "move it away, or take another --seed or --runs"
-        raise DreamerError(f"{folder}: {error.strerror}; {hint}") from error
+        raise DreamerError(f"{folder}: {error.strerror}; choose another seed or runs") from error
     return folder
 
 class Log:
@@ -713,7 +713,6 @@ class Log:
 
     def __init__(self, folder: Path, steps: int):
         self.folder, self.values, self.start = folder, defaultdict(list), time.monotonic()
-        self.last_step, self.last_time = 0, self.start
         self.bar = tqdm(total=steps, unit="step", miniters=0, mininterval=0.5, dynamic_ncols=True)
 
     def add(self, metrics: dict[str, Any], step: int) -> None:
@@ -724,14 +723,12 @@ class Log:
         self.bar.update(step - self.bar.n)
 
     def write(self, counters: dict[str, int]) -> None:
-        now, step, updates = time.monotonic(), counters["env/step"], len(self.values["wm/recon"])
-        line = counters | {name: float(np.mean(x)) for name, x in self.values.items() if x}
-        line["time/seconds"] = now - self.start
-        line["time/env_steps_per_second"] = (step - self.last_step) / (now - self.last_time)
-        line["time/updates_per_second"] = updates / (now - self.last_time)
+        line = counters | {name: float(np.mean(x)) for name, x in self.values.items()}
+        line["time/seconds"] = seconds = time.monotonic() - self.start
+        line["time/env_steps_per_second"] = counters["env/step"] / seconds
+        line["time/updates_per_second"] = counters["wm/updates"] / seconds
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
-        self.last_step, self.last_time = step, now
         self.values.clear()
         draw_curves(self.folder)
 
@@ -789,11 +786,12 @@ def evaluate(agent: Agent, episodes: int = 20, seed: int = 0) -> dict[str, float
     if episodes < 1:
         raise DreamerError(f"episodes has to be at least 1, not {episodes}")
     env, returns = PixelEnv(agent.config.env, action_repeat=agent.config.action_repeat), []
-    with torch.random.fork_rng():
+    device = agent.return_range.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for number in tqdm(range(episodes), desc="evaluation", unit="episode", leave=False):
             unseen = episode_seed(seed, number, evaluation=True)
             torch.manual_seed(unseen)
-            returns.append(sum(row["reward"] for row in play(env, agent.act, unseen)))
+            returns.append(sum(row["reward"] for row, _ in play(env, agent.act, unseen)))
     env.close()
     return {"eval/return": float(np.mean(returns)), "eval/return_std": float(np.std(returns)),
             "eval/return_min": min(returns), "eval/return_max": max(returns)}
@@ -822,7 +820,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns 0, or 2 after one line of what the user has to put right."""
+    """The command line; returns 0, 2 after one line of what to put right, 130 after Ctrl-C."""
     options = vars(make_parser().parse_args(argv))
     path, episodes = options.pop("eval"), options.pop("episodes")
     try:
@@ -835,10 +833,13 @@ def main(argv: list[str] | None = None) -> int:
             mean, std, low, high = evaluate(agent, episodes, config.seed).values()
             print(f"{path}: return over {episodes} unseen episodes: "
                   f"mean {mean:.1f}, std {std:.1f}, min {low:.1f}, max {high:.1f}")
+        return 0
     except DreamerError as error:
         print(f"dreamer.py: error: {error}", file=sys.stderr)
         return 2
-    return 0
+    except KeyboardInterrupt:
+        print("\ndreamer.py: stopped; what it had written is kept", file=sys.stderr)
+        return 130
 
 # %% Run
 if __name__ == "__main__":

@@ -109,7 +109,8 @@ class Counting(gym.Env):
 
 
 class Blind(Counting):
-    metadata = {"render_modes": ["ansi"]}
+    def render(self):
+        return "only text"
 
 
 class Buttons(Counting):
@@ -579,7 +580,8 @@ def test_each_update_moves_its_own_part_and_the_slow_critic_follows(agent):
 def test_rows_hold_the_action_that_led_to_their_frame():
     env = PixelEnv("Counting-v0")
     chosen = iter([5, 7, 6, 5])
-    rows = list(play(env, lambda obs, state: (next(chosen), None), seed=0))
+    rows, is_last = zip(*play(env, lambda obs, state: (next(chosen), None), seed=0), strict=True)
+    assert is_last == (False, False, False, False, True)
     assert [round(row["obs"].mean() / 10) for row in rows] == [0, 1, 2, 3, 4]
     assert [row["reward"] for row in rows] == [0, 1, 2, 3, 4]
     assert [row["prev_action"].tolist() for row in rows] == [
@@ -602,7 +604,7 @@ def test_the_policy_sees_each_frame_once_and_gets_its_state_back():
 @pytest.mark.parametrize("env_id, ends", [("Counting-v0", True), ("Truncated-v0", False)])
 def test_truncation_keeps_continue_at_one(agent, env_id, ends):
     replay = ReplayBuffer(100, 3)
-    for row in play(PixelEnv(env_id), lambda obs, state: (5, None), seed=0):
+    for row, _ in play(PixelEnv(env_id), lambda obs, state: (5, None), seed=0):
         replay.add(row)
     batch = {name: rows[None, :5] for name, rows in replay.rows.items()}
     batch["prev_action"] = batch["prev_action"][..., :A]
@@ -681,9 +683,10 @@ BAD_INPUT = [
     (["--steps", "many"], "invalid int value: 'many'"),
     (["--steps", "0"], "steps has to be between 1"),
     (["--gamma", "1.5"], "gamma has to be between 0 and 1"),
+    (["--gamma", "0"], "gamma exceed 0"),
     (["--world-model-lr", "nan"], "world_model_lr has to be"),
-    (["--batch-length", "64", "--prefill", "10"], "prefill and capacity have to be at least"),
-    (["--env", "CartPol-v1"], "closest id is CartPole-v1"),
+    (["--batch-length", "64", "--prefill", "10"], "prefill and capacity must reach batch_length"),
+    (["--env", "CartPol-v1"], "closest id is CartPole-v1."),
     (["--env", "no_such_module:Thing-v0"], "No module named 'no_such_module'"),
     (["--env", "Blind-v0"], "cannot render"),
     (["--env", "Buttons-v0"], "neither Discrete nor a bounded Box"),
@@ -691,7 +694,7 @@ BAD_INPUT = [
     (["--eval", "nowhere"], "nowhere is no checkpoint"),
     (["--eval", "broken.pt"], "broken.pt is no checkpoint"),
     (["--eval", "foreign.pt"], "foreign.pt is no checkpoint"),
-    (["--runs", "occupied"], "move it away"),
+    (["--runs", "occupied"], "File exists; choose another seed or runs"),
     (["--runs", "broken.pt"], "broken.pt"),
 ]
 
@@ -724,6 +727,15 @@ def test_cuda_where_there_is_none_is_refused(tmp_path, capsys):
 def test_a_cuda_run_trains_and_its_checkpoint_loads_on_the_cpu(tmp_path):
     folder = train(Config(**SMALL, steps=120, runs=str(tmp_path), device="cuda"))
     assert load_agent(folder, "cpu").act(np.zeros((64, 64, 3), np.uint8))[0] in (0, 1)
+
+
+def test_ctrl_c_ends_in_one_line_and_130(tmp_path, monkeypatch, capsys):
+    def interrupt(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dreamer, "train", interrupt)
+    assert dreamer.main(["--runs", str(tmp_path)]) == 130
+    assert capsys.readouterr().err.strip().startswith("dreamer.py: stopped")
 
 
 def test_help_explains_every_option(capsys):
@@ -775,6 +787,6 @@ def test_it_learns_to_walk_the_corridor_from_pixels(tmp_path):
     def at_random(obs, state):
         return env.action_space.sample(), None
 
-    random_returns = [sum(row["reward"] for row in play(env, at_random, s)) for s in range(40)]
+    random_returns = [sum(row["reward"] for row, _ in play(env, at_random, s)) for s in range(40)]
     assert np.mean(random_returns) < 3
     assert evaluate(load_agent(train(config)), 5, seed=1)["eval/return"] >= 11
