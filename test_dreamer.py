@@ -268,9 +268,9 @@ def test_acting_and_observe_reach_the_same_h_on_the_same_history(agent):
     torch.manual_seed(7)
     state, acted, actions = None, [], [torch.zeros(A)]
     for t in range(6):
-        _, state = agent.act(frames[0, t].numpy(), state)
+        action, state = agent.act(frames[0, t].numpy(), state)
         acted.append(state[0][0])
-        actions.append(state[2][0])
+        actions.append(torch.eye(A)[action])
     torch.manual_seed(7)
     first = torch.tensor([[True] + 5 * [False]])
     embed = agent.world_model.encoder(frames)
