@@ -180,6 +180,7 @@ def init_weights(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 def dense(inputs: int, units: int) -> nn.Sequential:
+    """Linear layer, layer norm, SiLU."""
     return nn.Sequential(nn.Linear(inputs, units), nn.LayerNorm(units), nn.SiLU())
 
 def mlp(inputs: int, units: int, layers: int, outputs: int, outscale: float = 1.0) -> nn.Sequential:
@@ -212,9 +213,8 @@ class PixelEnv(gym.Env):
             self.env = gym.wrappers.RescaleAction(self.env, np.float32(-1), np.float32(1))
         elif not isinstance(space, gym.spaces.Discrete):
             raise DreamerError(f"--env {env_id}: actions are neither Discrete nor a bounded Box")
-        self.metadata, self.render_mode = self.env.metadata, "rgb_array"
-        self.size, self.action_repeat = size, action_repeat
-        self.action_space = self.env.action_space
+        self.size, self.action_repeat, self.render_mode = size, action_repeat, "rgb_array"
+        self.metadata, self.action_space = self.env.metadata, self.env.action_space
         self.observation_space = gym.spaces.Box(0, 255, (size, size, 3), np.uint8)
         self.render, self.close = self.env.render, self.env.close
 

@@ -219,6 +219,16 @@ def test_rewards_of_repeated_actions_are_summed():
     assert reward == 4 and terminated  # it stops where the episode ends
 
 
+def test_an_id_may_name_the_module_to_import(tmp_path, monkeypatch):
+    source = "import gymnasium as gym\ngym.register('Late-v0', 'test_dreamer:Counting')\n"
+    (tmp_path / "late_module.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    obs, _ = PixelEnv("late_module:Late-v0").reset(seed=0)
+    assert obs.shape == (64, 64, 3)
+    folder = dreamer.new_folder(Config(env="late_module:Late-v0", runs=str(tmp_path)))
+    assert folder.name == "late_module-Late-v0-0"  # Windows allows no colon
+
+
 def test_training_and_evaluation_never_share_an_episode():
     seeds = [episode_seed(s, n, e) for s in range(3) for n in range(500) for e in (False, True)]
     assert len(set(seeds)) == len(seeds)
