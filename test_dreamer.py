@@ -47,6 +47,8 @@ from dreamer import (
 )
 
 HERE = Path(__file__).resolve().parent
+torch.set_num_threads(1)  # networks this small only wait for a second thread
+os.environ["OMP_NUM_THREADS"] = "1"  # the same for child processes
 SMALL = dict(  # a config whose every part is small
     depth=2, hidden=16, groups=4, classes=4, units=16, batch_size=4, batch_length=6, horizon=5,
     prefill=60, pretrain=5, train_ratio=16.0, capacity=500,
