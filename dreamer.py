@@ -835,7 +835,7 @@ def main(argv: list[str] | None = None) -> int:
                   f"mean {mean:.1f}, std {std:.1f}, min {low:.1f}, max {high:.1f}")
         return 0
     except DreamerError as error:
-        print(f"dreamer.py: error: {error}", file=sys.stderr)
+        print("dreamer.py: error:", " ".join(str(error).split()), file=sys.stderr)  # one line
         return 2
     except KeyboardInterrupt:
         print("\ndreamer.py: stopped; what it had written is kept", file=sys.stderr)

@@ -115,6 +115,11 @@ class Blind(Counting):
         return "only text"
 
 
+class Broken(Counting):
+    def reset(self, *, seed=None, options=None):
+        raise RuntimeError("no display,\n    no luck")
+
+
 class Buttons(Counting):
     action_space = gym.spaces.MultiDiscrete([2, 2])
 
@@ -123,6 +128,7 @@ gym.register("Corridor-v0", Corridor, max_episode_steps=16)
 gym.register("Counting-v0", Counting)
 gym.register("Truncated-v0", Counting, kwargs={"ends_by": "truncated"})
 gym.register("Blind-v0", Blind)
+gym.register("Broken-v0", Broken)
 gym.register("Buttons-v0", Buttons)
 
 
@@ -701,6 +707,7 @@ BAD_INPUT = [
     (["--env", "CartPol-v1"], "closest id is CartPole-v1."),
     (["--env", "no_such_module:Thing-v0"], "No module named 'no_such_module'"),
     (["--env", "Blind-v0"], "cannot render"),
+    (["--env", "Broken-v0"], "--env Broken-v0: no display, no luck"),
     (["--env", "Buttons-v0"], "neither Discrete nor a bounded Box"),
     (["--device", "tpu"], "no device tpu"),
     (["--eval", "nowhere"], "nowhere is no checkpoint"),
