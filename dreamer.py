@@ -38,16 +38,18 @@ critic loss                                    -                    -       yes
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
-import difflib
 import inspect
+import io
+import itertools
 import json
 import os
 import re
+import signal
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -56,20 +58,23 @@ import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from matplotlib.figure import Figure
+from PIL import Image, ImageDraw
+from psutil import virtual_memory
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, OneHotCategorical
 from tqdm import tqdm
 
 # SDL draws many environments. It must not need a screen, nor take SIGTERM (`kill`) from Python.
 os.environ |= {"PYGAME_HIDE_SUPPORT_PROMPT": "1", "SDL_NO_SIGNAL_HANDLERS": "1"}
-if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+HEADLESS = sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
+if HEADLESS:
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
 import pygame  # noqa: E402
 
 Tensors = tuple[Tensor, ...]
 Named = dict[str, Tensor]  # rows of replay by column, metrics by key
-Optimizers = dict[str, torch.optim.Optimizer]  # for "world_model", "actor" and "critic"
 
 class DreamerError(Exception):
     """Something that the user can put right; the command line prints it as one line."""
@@ -83,6 +88,7 @@ class Config:
     steps: int = 10_000  # environment steps of the run, as the agent counts them
     device: str = "auto"  # auto, cpu or cuda; auto takes cuda where there is one
     runs: str = "runs"  # folder for results; a run writes to RUNS/ENV-SEED
+    init_from: str = ""  # file with weights of an earlier lesson's encoder, RSSM, ... to start from
     action_repeat: int = 1  # times that the environment repeats an action, rewards summed
     # replay and schedule
     prefill: int = 1_500  # steps with random actions before the first update
@@ -104,14 +110,12 @@ class Config:
     scale_cont: float = 1.0  # weight of the continue loss
     scale_dyn: float = 1.0  # weight of the KL that pulls the prior to the posterior
     scale_rep: float = 0.1  # weight of the KL that pulls the posterior to the prior
-    world_model_lr: float = 1e-3  # learning rate of the world model
+    lr: float = 1e-3  # learning rate of world model, actor and critic
     # behavior
     horizon: int = 15  # H, imagined steps
     gamma: float = 0.99  # discount of a step
     lam: float = 0.95  # lambda of the lambda-return
     entropy: float = 3e-3  # weight of the actor's entropy
-    actor_lr: float = 1e-3  # learning rate of the actor
-    critic_lr: float = 1e-3  # learning rate of the critic
     slow_rate: float = 0.02  # share of the critic that the slow critic takes over in an update
     return_rate: float = 0.01  # share of new returns in the running range of returns
     max_grad_norm: float = 10.0  # norm that gradients are clipped to
@@ -119,8 +123,14 @@ class Config:
     log_every: int = 500  # steps between lines of metrics.jsonl; evaluations add theirs
     eval_every: int = 2_500  # steps between evaluations, each followed by a checkpoint
     eval_episodes: int = 5  # episodes of an evaluation during training
+    held_out: int = 2_000  # rows of unseen episodes for the other metrics of Section 5
+    save_every: float = 120.0  # seconds between checkpoints, at most
 
     def __post_init__(self):
+        best = "cuda" if torch.cuda.is_available() else "cpu"
+        if self.device not in ("auto", "cpu", best):
+            raise DreamerError(f"there is no device {self.device} here; --device auto takes {best}")
+        self.device = best if self.device == "auto" else self.device
         for name, value in asdict(self).items():
             low = 1 if isinstance(value, int) and name not in ("seed", "pretrain") else 0
             high = 1 if name in ("unimix", "gamma", "lam", "slow_rate", "return_rate") else 1e9
@@ -128,13 +138,6 @@ class Config:
                 raise DreamerError(f"{name} has to be between {low} and {high:.0f}, not {value}")
         if self.batch_length > min(self.prefill, self.capacity) or self.gamma == 0:
             raise DreamerError("prefill and capacity must reach batch_length, and gamma exceed 0")
-
-def pick_device(name: str) -> torch.device:
-    """auto, cpu or cuda -> device; DreamerError for others, and for cuda where there is none."""
-    best = "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("auto", "cpu", best):
-        raise DreamerError(f"there is no device {name} here; --device auto takes {best}")
-    return torch.device(best if name == "auto" else name)
 
 # %% 1.2 Small tools
 def sg(x: Tensor) -> Tensor:
@@ -197,26 +200,23 @@ class PixelEnv(gym.Env):
     clipped and rescaled, if Box; repeated `action_repeat` times, with their rewards summed.
     Raises DreamerError for an unknown id, an environment without pixels, other action spaces."""
 
+    metadata, render_mode = {"render_modes": ["rgb_array"]}, "rgb_array"
+
     def __init__(self, env_id: str, size: int = 64, action_repeat: int = 1):
+        self.env_id, self.size, self.action_repeat = env_id, size, action_repeat
         try:
             self.env = gym.make(env_id, render_mode="rgb_array", disable_env_checker=True)
-            self.env.reset()
-            frame = self.env.render()  # some environments find out only here that they cannot
+            self.reset()  # some environments find out only here that they cannot render
+            space = self.env.action_space
+            if isinstance(space, gym.spaces.Box) and space.is_bounded() and space.dtype.kind == "f":
+                self.env = gym.wrappers.RescaleAction(self.env, np.float32(-1), np.float32(1))
+            elif not isinstance(space, gym.spaces.Discrete):
+                raise ValueError("its actions are neither Discrete nor a bounded Box")
         except Exception as error:  # whatever an environment raises
-            closest = difflib.get_close_matches(env_id, gym.registry, n=1, cutoff=0.0)[0]
-            hint = f" The closest id is {closest}." if closest != env_id else ""
-            raise DreamerError(f"--env {env_id}: {error}{hint}") from error
-        if getattr(frame, "dtype", None) != np.uint8 or frame.shape[2:] != (3,):
-            raise DreamerError(f"--env {env_id} cannot render uint8 frames [height, width, 3]")
-        space = self.env.action_space
-        if isinstance(space, gym.spaces.Box) and space.is_bounded() and space.dtype.kind == "f":
-            self.env = gym.wrappers.RescaleAction(self.env, np.float32(-1), np.float32(1))
-        elif not isinstance(space, gym.spaces.Discrete):
-            raise DreamerError(f"--env {env_id}: actions are neither Discrete nor a bounded Box")
-        self.size, self.action_repeat, self.render_mode = size, action_repeat, "rgb_array"
-        self.metadata, self.action_space = self.env.metadata, self.env.action_space
+            raise DreamerError(f"--env {env_id}: {error}") from error
+        self.action_space, self.render, self.close = (
+            self.env.action_space, self.env.render, self.env.close)
         self.observation_space = gym.spaces.Box(0, 255, (size, size, 3), np.uint8)
-        self.render, self.close = self.env.render, self.env.close
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         super().reset(seed=seed)
@@ -236,8 +236,10 @@ class PixelEnv(gym.Env):
 
     def pixels(self) -> np.ndarray:
         """The frame now, averaged over areas: uint8 [size, size, 3]."""
-        frame = np.ascontiguousarray(self.render())
-        surface = pygame.image.frombuffer(frame, frame.shape[1::-1], "RGB")
+        frame = self.env.render()
+        if getattr(frame, "dtype", None) != np.uint8 or frame.shape[2:] != (3,):
+            raise ValueError("it cannot render uint8 frames [height, width, 3]")
+        surface = pygame.image.frombuffer(np.ascontiguousarray(frame), frame.shape[1::-1], "RGB")
         small = pygame.transform.smoothscale(surface, (self.size, self.size))
         return pygame.surfarray.array3d(small).transpose(1, 0, 2)  # pygame has [x, y, color]
 
@@ -320,6 +322,11 @@ class RSSM(nn.Module):
         probs = torch.softmax(logits.unflatten(-1, (self.groups, self.classes)), -1)
         return torch.log((1 - self.unimix) * probs + self.unimix / self.classes)
 
+    def prior_entropy(self, h: Tensor) -> Tensor:
+        """Entropy in nats of z before the frame, summed over the groups; h [., D] -> [.]."""
+        prior = self.log_probs(self.prior_net(h))
+        return -(prior.exp() * prior).sum((-2, -1))
+
     def sample(self, log_probs: Tensor) -> Tensor:
         """z [., S*K], one-hot in each group; its gradient goes straight through to [., S, K]."""
         probs = log_probs.exp()
@@ -351,7 +358,7 @@ class RSSM(nn.Module):
         h, z, post = (torch.stack(x, 1) for x in zip(*steps, strict=True))
         return h, z, post, self.log_probs(self.prior_net(h))
 
-# %% 1.6 Reward and continue heads
+# %% 1.6 Head for rewards and values
 class TwoHotHead(nn.Module):
     """Features [..., F] -> a number [...] of any size, 0 at first: a distribution over 255 bins."""
 
@@ -367,20 +374,6 @@ class TwoHotHead(nn.Module):
         """Cross-entropy [...] to the two-hot target [...]; summed, if there are several."""
         log_probs = torch.log_softmax(self.net(feat), -1)
         return -sum((twohot_encode(target, self.bins) * log_probs).sum(-1) for target in targets)
-
-class ContinueHead(nn.Module):
-    """Features [..., F] -> c [...], the probability that the episode has not terminated here."""
-
-    def __init__(self, feat_size: int, units: int):
-        super().__init__()
-        self.net = mlp(feat_size, units, 1, 1)
-
-    def forward(self, feat: Tensor) -> Tensor:
-        return torch.sigmoid(self.net(feat).squeeze(-1))
-
-    def loss(self, feat: Tensor, cont: Tensor) -> Tensor:
-        logits = self.net(feat).squeeze(-1)
-        return F.binary_cross_entropy_with_logits(logits, cont, reduction="none")
 
 # %% 1.7 Actor and critic
 class Actor(nn.Module):
@@ -424,7 +417,7 @@ class ReplayBuffer:
         self.cursor = (self.cursor + 1) % self.capacity
         self.size = min(self.size + 1, self.capacity)
 
-    def sample(self, batch_size: int, length: int, device: torch.device) -> Named:
+    def sample(self, batch_size: int, length: int, device: str = "cpu") -> Named:
         """[B, T, ...] windows of consecutive rows, uniform over where they can start. They run
         across episodes (is_first marks it), but never from the newest row to the oldest."""
         start = torch.randint(self.size - length + 1, (batch_size, 1))
@@ -452,12 +445,16 @@ class WorldModel(nn.Module):
     def __init__(self, action_size: int, config: Config):
         super().__init__()
         self.config = config
-        feat_size = config.hidden + config.groups * config.classes
+        self.feat_size = feat_size = config.hidden + config.groups * config.classes
         self.encoder = Encoder(config.depth)
         self.rssm = RSSM(128 * config.depth, action_size, config)
         self.decoder = Decoder(feat_size, config.depth)
         self.reward_head = TwoHotHead(feat_size, config.units, layers=1)
-        self.cont_head = ContinueHead(feat_size, config.units)
+        self.cont_head = mlp(feat_size, config.units, 1, 1)  # the logit of c
+
+    def predict(self, feat: Tensor) -> Tensors:
+        """Features [..., F] -> reward [...], and probability [...] that the episode goes on."""
+        return self.reward_head(feat), torch.sigmoid(self.cont_head(feat).squeeze(-1))
 
     def loss(self, batch: Named) -> tuple[Tensor, Tensor, Tensor, Named]:
         """Rows [B,T,...] -> loss [], h [B,T,D], z [B,T,S*K], metrics (Eq. 2.6)."""
@@ -470,7 +467,8 @@ class WorldModel(nn.Module):
         losses = {  # each [B,T]
             "recon": error.square().sum((-3, -2, -1)),  # Eq. 2.1
             "reward": self.reward_head.loss(feat, batch["reward"]),  # Eq. 2.2
-            "cont": self.cont_head.loss(feat, cont),  # Eq. 2.3
+            "cont": F.binary_cross_entropy_with_logits(  # Eq. 2.3
+                self.cont_head(feat).squeeze(-1), cont, reduction="none"),
             "dyn": kl_divergence(sg(post), prior).clamp(min=free),  # Eq. 2.4
             "rep": kl_divergence(post, sg(prior)).clamp(min=free),  # Eq. 2.5
         }
@@ -481,19 +479,23 @@ class WorldModel(nn.Module):
         return total.mean(), h, z, metrics
 
 # %% 2.2 World model update step
-def gradient_step(loss: Tensor, name: str, agent: Agent, optimizers: Optimizers) -> Tensor:
-    """Move the weights of `agent.<name>` (4.1) and no others; returns the gradient's norm []."""
-    optimizers[name].zero_grad()
+def gradient_step(loss: Tensor, name: str, agent: Agent, metrics: Named) -> Tensor:
+    """Move the weights of `agent.<name>` (4.1) and no others; returns the gradient's norm [].
+    FloatingPointError, which names the guilty `metrics`, if loss or gradient is not finite."""
+    agent.optimizers[name].zero_grad()
     loss.backward()
     parameters = getattr(agent, name).parameters()
     norm = nn.utils.clip_grad_norm_(parameters, agent.config.max_grad_norm)
-    optimizers[name].step()
+    if not torch.isfinite(loss + norm):  # no weight has been touched
+        terms = [key for key, value in metrics.items() if not torch.isfinite(value)]
+        raise FloatingPointError(f"not finite: {', '.join(terms) or 'the gradient of ' + name}")
+    agent.optimizers[name].step()
     return norm
 
-def update_world_model(agent: Agent, optimizers: Optimizers, batch: Named) -> tuple:
+def update_world_model(agent: Agent, batch: Named) -> tuple[Tensor, Tensor, Named]:
     """One step on rows [B,T,...] -> the states to dream from, h [N,D], z [N,S*K]; metrics."""
     loss, h, z, metrics = agent.world_model.loss(batch)
-    metrics["wm/grad_norm"] = gradient_step(loss, "world_model", agent, optimizers)
+    metrics["wm/grad_norm"] = gradient_step(loss, "world_model", agent, metrics)
     return sg(h).flatten(0, 1), sg(z).flatten(0, 1), metrics
 
 # %% [markdown]
@@ -511,11 +513,14 @@ def update_world_model(agent: Agent, optimizers: Optimizers, batch: Named) -> tu
 # - Eq. 3.6 `critic loss = -w_t (ln p(R_t | h_t, z_t) + ln p(slow critic's v_t | h_t, z_t))`
 
 # %% 3.1 Imagination
-def imagine(model: WorldModel, actor: Actor, h: Tensor, z: Tensor, horizon: int) -> Tensors:
-    """h [N,D], z [N,S*K] -> features [H+1,N,F], the start first, and actions [H,N,A]. Eq. 3.1."""
+def imagine(
+    model: WorldModel, actor: Actor, h: Tensor, z: Tensor, horizon: int, given: Tensor | None = None
+) -> Tensors:
+    """h [N,D], z [N,S*K] -> features [H+1,N,F], the start first, and actions [H,N,A]: the actor's,
+    or those that are `given`. Eq. 3.1."""
     feats, actions = [torch.cat([h, z], -1)], []  # [N,F]
-    for _ in range(horizon):
-        actions.append(actor(sg(feats[-1])).sample())  # [N,A]
+    for t in range(horizon):
+        actions.append(actor(sg(feats[-1])).sample() if given is None else given[t])  # [N,A]
         h, z = model.rssm.img_step(h, z, actions[-1])  # [N,D], [N,S*K]
         feats.append(torch.cat([h, z], -1))  # [N,F]
     return torch.stack(feats), torch.stack(actions)
@@ -557,14 +562,14 @@ def critic_loss(
     return (sg(weight) * loss).mean()
 
 # %% 3.4 Behavior update step
-def update_behavior(agent: Agent, optimizers: Optimizers, h: Tensor, z: Tensor) -> Named:
+def update_behavior(agent: Agent, h: Tensor, z: Tensor) -> Named:
     """Dream from h [N,D] and z [N,S*K], then one step of the actor and one of the critic."""
     config, model, actor, critic = agent.config, agent.world_model, agent.actor, agent.critic
     # REINFORCE sends no gradient through the dream: only log-probabilities, computed again below,
     # carry it. That is why dreaming may run without a graph.
     with torch.no_grad():
         feat, action = imagine(model, actor, h, z, config.horizon)  # [H+1,N,F], [H,N,A]
-        reward, cont = model.reward_head(feat), model.cont_head(feat)  # [H+1,N], [H+1,N]
+        reward, cont = model.predict(feat)  # [H+1,N], [H+1,N]
         value = critic(feat)  # [H+1,N]
         returns = lambda_return(reward, value, cont, config.gamma, config.lam)  # [H,N]
         weight = torch.cumprod(config.gamma * cont[:-1], 0) / config.gamma  # [H,N] Eq. 3.3
@@ -573,16 +578,15 @@ def update_behavior(agent: Agent, optimizers: Optimizers, h: Tensor, z: Tensor) 
     feat = feat[:-1]  # [H,N,F]: the last state has no action
     loss_actor, entropy = actor_loss(actor, feat, action, advantage, weight, config.entropy)
     loss_critic = critic_loss(critic, agent.slow_critic, feat, returns, weight)
-    norm_actor = gradient_step(loss_actor, "actor", agent, optimizers)
-    norm_critic = gradient_step(loss_critic, "critic", agent, optimizers)
+    metrics = {
+        "ac/actor": loss_actor.detach(), "ac/critic": loss_critic.detach(), "ac/entropy": entropy,
+        "ac/return": returns.mean(), "ac/value": value.mean(), "ac/return_scale": scale}
+    gradient_step(loss_actor, "actor", agent, metrics)
+    gradient_step(loss_critic, "critic", agent, metrics)
     with torch.no_grad():
         for slow, fast in zip(agent.slow_critic.parameters(), critic.parameters(), strict=True):
             slow.lerp_(fast, config.slow_rate)
-    return {
-        "ac/actor": loss_actor.detach(), "ac/critic": loss_critic.detach(), "ac/entropy": entropy,
-        "ac/return": returns.mean(), "ac/value": value.mean(), "ac/return_scale": scale,
-        "ac/actor_grad_norm": norm_actor, "ac/critic_grad_norm": norm_critic,
-    }
+    return metrics
 
 # %% [markdown]
 # # Section 4: Training Loop
@@ -592,259 +596,615 @@ def update_behavior(agent: Agent, optimizers: Optimizers, h: Tensor, z: Tensor) 
 
 # %% 4.1 Acting
 class Agent(nn.Module):
-    """All that has weights: world model, actor, critic, its slow copy; and the return range."""
+    """All that learns: world model, actor, critic, its slow copy, and the range of returns."""
 
     def __init__(self, action_space: gym.Space, config: Config):
         super().__init__()
         self.config, self.action_space = config, action_space
         self.action_size = gym.spaces.flatdim(action_space)
-        feat_size = config.hidden + config.groups * config.classes
         self.world_model = WorldModel(self.action_size, config)
-        self.actor = Actor(feat_size, action_space, config.units)
-        self.critic = Critic(feat_size, config.units, layers=2)
+        self.actor = Actor(self.world_model.feat_size, action_space, config.units)
+        self.critic = Critic(self.world_model.feat_size, config.units, layers=2)
         self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.register_buffer("return_range", torch.zeros(2))  # running 5th and 95th percentile
+        self.to(config.device)
+        self.optimizers = {  # one each, so that a loss moves nothing but its own part
+            name: torch.optim.Adam(getattr(self, name).parameters(), config.lr, fused=True)
+            for name in ("world_model", "actor", "critic")}
 
     @torch.no_grad()
-    def act(self, obs: np.ndarray, state: tuple | None = None, explore: bool = False):
+    def act(self, obs: np.ndarray, state: Tensors | None = None, explore: bool = False) -> tuple:
         """Frame uint8 [64,64,3], state from the last call (None: first frame) -> the most likely
         action (a sample if `explore`) for `PixelEnv.step`, state (h, z, action [1,A]). The
         recursion is the one that trains: a frame goes in with the action that led to it."""
-        rssm, device = self.world_model.rssm, self.return_range.device
-        is_first = torch.tensor([state is None], device=device)
+        rssm, is_first = self.world_model.rssm, self.return_range.new_tensor([state is None]).bool()
         if state is None:
-            state = *rssm.initial(1), torch.zeros(1, self.action_size, device=device)
-        embed = self.world_model.encoder(torch.tensor(obs, device=device).unsqueeze(0))
+            state = *rssm.initial(1), self.return_range.new_zeros(1, self.action_size)
+        embed = self.world_model.encoder(torch.tensor(obs, device=is_first.device).unsqueeze(0))
         h, z, _ = rssm.obs_step(*state, embed, is_first)
         policy = self.actor(torch.cat([h, z], -1))
         action = policy.sample() if explore else policy.mode
         return gym.spaces.unflatten(self.action_space, action[0].cpu().numpy()), (h, z, action)
 
 # %% 4.2 Collecting
-def play(env: gym.Env, act: Callable[[np.ndarray, Any], tuple], seed: int) -> Iterator[tuple]:
-    """One episode of `act(obs, state) -> (action, state)`: (row of the time diagram, is_last)."""
-    obs, _ = env.reset(seed=seed)
-    env.action_space.seed(seed)
-    no_action = np.zeros(gym.spaces.flatdim(env.action_space), np.float32)
-    yield dict(prev_action=no_action, obs=obs, reward=0.0, terminated=False, is_first=True), False
-    state, is_last = None, False
-    while not is_last:
-        action, state = act(obs, state)
-        obs, reward, terminated, truncated, _ = env.step(action)
-        prev_action = gym.spaces.flatten(env.action_space, action)  # one-hot if Discrete
-        row = dict(prev_action=prev_action, obs=obs, reward=reward, terminated=terminated)
-        is_last = terminated or truncated  # a time limit ends the episode, but is not terminated
-        yield row | {"is_first": False}, is_last
-
 def episode_seed(seed: int, number: int, evaluation: bool) -> int:
     """Training episodes have even seeds, evaluation episodes odd ones: they never meet."""
     return 2 * (1_000_000 * seed + number) + evaluation
 
-# %% 4.3 Training
+def play(
+    env: gym.Env, act: Callable, seed: int, past: Sequence = (), state: Any = None
+) -> Iterator[tuple[dict, bool]]:
+    """An episode of `act(obs, state) -> (action, state)`: (row of the time diagram, is_last). The
+    actions in `past` are taken first, without rows: so a resumed run returns to mid-episode."""
+    env.action_space.seed(seed)
+    action, prev_action = None, np.zeros(gym.spaces.flatdim(env.action_space), np.float32)
+    for step in itertools.count():
+        try:
+            if step == 0:
+                obs, reward, terminated, truncated = env.reset(seed=seed)[0], 0.0, False, False
+            else:
+                obs, reward, terminated, truncated, _ = env.step(action)
+                prev_action = gym.spaces.flatten(env.action_space, action)  # one-hot if Discrete
+            if not np.isfinite(reward):
+                raise ValueError(f"the reward is {reward}")
+        except Exception as error:  # whatever an environment raises
+            where = f"{env.env_id}, episode with seed {seed}, step {step}"
+            raise DreamerError(f"{where}: {error!r}") from error
+        row = dict(prev_action=prev_action, obs=obs, reward=reward, terminated=terminated)
+        is_last = terminated or truncated  # a time limit ends the episode, but is not terminated
+        if step > len(past) or not past:
+            yield row | {"is_first": step == 0}, is_last
+        if is_last:
+            return
+        action, state = (past[step], state) if step < len(past) else act(obs, state)
+
+# %% 4.3 A run
+class Run:
+    """A training run: `progress`, and what else `save` writes, is all that there is of it."""
+
+    progress = ("step", "updates", "episodes", "past", "rewards", "state", "values", "lines", "age")
+
+    def __init__(self, config: Config, folder: Path):
+        self.config, self.folder, self.start = config, folder, time.monotonic()
+        self.env = PixelEnv(config.env, action_repeat=config.action_repeat)
+        torch.manual_seed(config.seed)
+        self.agent = Agent(self.env.action_space, config)
+        self.replay = ReplayBuffer(config.capacity, self.agent.action_size)
+        self.step = self.updates = self.episodes = self.age = self.signal = 0
+        self.episode, self.past, self.rewards, self.state = None, [], [], None  # the one under way
+        self.values, self.lines = {}, []  # metrics since the last line; lines of metrics.jsonl
+
+    def act(self, obs: np.ndarray, state: Tensors | None) -> tuple:
+        """At random until the prefill ends; then the agent, which takes over with a zero state."""
+        self.env.action_space.seed(episode_seed(self.config.seed, self.step, evaluation=False))
+        action = self.env.action_space.sample()
+        if self.step >= self.config.prefill:
+            action, self.state = self.agent.act(obs, state, explore=True)
+        return action, self.state
+
+    def environment_step(self) -> None:
+        """One step into the replay buffer; the first of an episode brings the reset's row along."""
+        if self.episode is None:
+            past = [gym.spaces.unflatten(self.env.action_space, x.numpy()) for x in self.past]
+            seed = episode_seed(self.config.seed, self.episodes, evaluation=False)
+            self.episode = play(self.env, self.act, seed, past, self.state)
+            if not past:
+                self.replay.add(next(self.episode)[0])
+        row, is_last = next(self.episode)
+        self.replay.add(row)
+        self.step += 1
+        self.past.append(torch.as_tensor(row["prev_action"]))
+        self.rewards.append(row["reward"])
+        if is_last:
+            self.log({"env/return": sum(self.rewards), "env/length": len(self.rewards)})
+            self.episodes += 1
+            self.episode, self.past, self.rewards, self.state = None, [], [], None
+
+    def update(self) -> None:
+        """An update of the world model and, after `pretrain` of those, one of the behavior."""
+        config = self.config
+        batch = self.replay.sample(config.batch_size, config.batch_length, config.device)
+        try:
+            h, z, metrics = update_world_model(self.agent, batch)
+            if self.updates >= config.pretrain:
+                metrics |= update_behavior(self.agent, h, z)
+        except FloatingPointError as error:
+            raise DreamerError(f"step {self.step}, update {self.updates}: {error}") from error
+        self.updates += 1
+        self.log(metrics)
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        for name, value in metrics.items():
+            self.values.setdefault(name, []).append(float(value))
+        shown = ("env/return", "wm/recon", "wm/kl", "ac/actor", "ac/critic", "ac/entropy")
+        self.bar.set_postfix({k: self.values[k][-1] for k in shown if k in self.values}, False)
+        self.bar.update(self.step - self.bar.n)
+
+    def report(self, finished: bool) -> None:
+        """Evaluate if it is time for it; write a line: the means since the line before."""
+        if finished or self.step % self.config.eval_every == 0:
+            episodes, seed = self.config.eval_episodes, self.config.seed
+            self.log(evaluate(self.agent, episodes, seed, self.folder))
+        elif self.step % self.config.log_every:
+            return
+        self.age, self.start = self.age + time.monotonic() - self.start, time.monotonic()
+        line = {"env/step": self.step, "env/episodes": self.episodes, "wm/updates": self.updates}
+        line |= {name: float(np.mean(values)) for name, values in self.values.items()}
+        line |= {"time/seconds": self.age, "time/env_steps_per_second": self.step / self.age,
+                 "time/updates_per_second": self.updates / self.age}
+        self.lines, self.values = [*self.lines, line], {}
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+        draw_curves(self.lines, self.folder / "curves.png")
+
+    def save(self) -> None:
+        write_checkpoint(self.folder, self.replay, {
+            "config": asdict(self.config), "agent": self.agent.state_dict(),
+            "optimizers": {k: x.state_dict() for k, x in self.agent.optimizers.items()},
+            "random": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
+            "progress": {name: getattr(self, name) for name in self.progress}})
+
+    def load(self) -> None:
+        """Go on from the checkpoint in the folder; from the start if none was written yet."""
+        if not any(self.folder.glob("checkpoint*.npz")):
+            return
+        for name, value in read_checkpoint(self.folder)["config"].items():
+            if name != "steps" and value != getattr(self.config, name):
+                raise DreamerError(f"{name} was {value}, and cannot change when a run is resumed")
+        state = read_checkpoint(self.folder, self.replay)
+        self.agent.load_state_dict(state["agent"])
+        for name, optimizer in self.agent.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        torch.set_rng_state(state["random"][0])
+        torch.cuda.set_rng_state_all(state["random"][1:])
+        vars(self).update(state["progress"])
+        lines = "".join(json.dumps(line) + "\n" for line in self.lines)
+        (self.folder / "metrics.jsonl").write_text(lines)  # without those after the checkpoint
+
+    def stop(self, number: int, frame: Any) -> None:
+        """For a signal: stop where the run can be saved; at the second one, at once."""
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+
+# %% 4.4 Training
 def updates_due(step: int, config: Config) -> int:
     """How many updates a run has made after this many environment steps."""
     ratio = config.train_ratio / (config.batch_size * config.batch_length)
     return 0 if step < config.prefill else config.pretrain + int(ratio * (step - config.prefill))
 
-def train(config: Config) -> Path:
-    """Train from scratch; returns the run's folder: config, metrics, curves and checkpoint. The
-    same config gives the same metrics (times aside) on the same CPU and number of threads.
+def train(config: Config, resume: str | Path | None = None) -> Path:
+    """Train from scratch, or go on with the run in the folder `resume`; returns the run's folder.
+    The same config gives the same metrics (times aside) on the same CPU and number of threads, no
+    matter how often it was stopped. SIGINT and SIGTERM raise SystemExit, after saving.
     Raises DreamerError, before anything is written, for what is wrong with the config."""
-    device = pick_device(config.device)
-    torch.manual_seed(config.seed)
-    env = PixelEnv(config.env, action_repeat=config.action_repeat)
-    agent = Agent(env.action_space, config).to(device)
-    replay = ReplayBuffer(config.capacity, agent.action_size)
-    optimizers = {}  # one each, so that a loss moves nothing but its own part
-    for name in ("world_model", "actor", "critic"):
-        rate = getattr(config, f"{name}_lr")
-        optimizers[name] = torch.optim.Adam(getattr(agent, name).parameters(), rate, fused=True)
-    log = Log(new_folder(config), config.steps)
-    step = updates = episode = 0
-
-    def act(obs: np.ndarray, state: tuple | None) -> tuple:
-        if step < config.prefill:  # where it ends, the agent takes over with a zero state
-            return env.action_space.sample(), None
-        return agent.act(obs, state, explore=True)
-
-    while step < config.steps:
-        rewards = []
-        for row, is_last in play(env, act, episode_seed(config.seed, episode, evaluation=False)):
-            replay.add(row)
-            if row["is_first"]:
-                continue  # a reset is a row, but not a step
-            step += 1
-            rewards.append(row["reward"])
-            while updates < updates_due(step, config):
-                batch = replay.sample(config.batch_size, config.batch_length, device)
-                h, z, metrics = update_world_model(agent, optimizers, batch)
-                if updates >= config.pretrain:
-                    metrics |= update_behavior(agent, optimizers, h, z)
-                updates += 1
-                log.add(metrics, step)
-            if is_last:
-                episode += 1
-                log.add({"env/return": sum(rewards), "env/length": len(rewards)}, step)
-            evaluate_now = step % config.eval_every == 0 or step == config.steps
-            if evaluate_now:
-                log.add(evaluate(agent, config.eval_episodes, config.seed), step)
-                save_checkpoint(log.folder, agent, optimizers, step)
-            if evaluate_now or step % config.log_every == 0:
-                log.write({"env/step": step, "env/episodes": episode, "wm/updates": updates})
-            if step == config.steps:
+    name = re.sub("[^A-Za-z0-9._-]", "-", f"{config.env}-{config.seed}")
+    folder = Path(resume or Path(config.runs) / name)
+    if not resume and folder.exists():
+        raise DreamerError(f"{folder} exists: --resume it, or choose another seed or runs")
+    need, free = 12_500 * min(config.capacity, 2 * config.steps), virtual_memory().available
+    if need > free:
+        raise DreamerError(f"the replay buffer will need {need / 1e9:.1f} GB of memory, and "
+                           f"{free / 1e9:.1f} GB are free: lower --capacity")
+    run = Run(config, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(FileLock(folder / ".lock", timeout=0))  # one process at a time
+        if resume:
+            run.load()
+        elif config.init_from:
+            init_from(run.agent, config.init_from)
+        (folder / "config.new").write_text(json.dumps(asdict(config), indent=2) + "\n")
+        (folder / "config.new").replace(folder / "config.json")
+        for number in (signal.SIGINT, signal.SIGTERM):  # taken here, and given back in the end
+            stack.callback(signal.signal, number, signal.signal(number, run.stop))
+        run.bar = stack.enter_context(tqdm(
+            total=config.steps, unit="step", miniters=0, mininterval=0.5, dynamic_ncols=True))
+        finished, saved = False, time.monotonic()
+        while not finished:
+            behind = run.updates < updates_due(run.step, config)
+            finished = run.step >= config.steps and not behind
+            if run.signal or finished or time.monotonic() > saved + config.save_every:
+                run.save()  # the one place where a run can stop, and the one from which it goes on
+                saved = time.monotonic()
+            if run.signal:
+                draw_curves(run.lines, folder / "curves.png")
                 break
-    env.close()
-    log.bar.close()
-    return log.folder
+            if behind:
+                run.update()
+            else:
+                if run.step:
+                    run.report(finished)
+                if not finished:
+                    run.environment_step()
+    if not run.signal:
+        return folder
+    print(f"stopped at step {run.step} of {config.steps}, and saved; to go on: "
+          f"python dreamer.py --resume {folder}", file=sys.stderr)
+    raise SystemExit(128 + run.signal)
 
-# %% 4.4 Logging, curves, checkpoint
-def new_folder(config: Config) -> Path:
-    """RUNS/ENV-SEED with its config.json. Raises DreamerError if it exists or cannot be written."""
-    folder = Path(config.runs) / f"{re.sub('[^A-Za-z0-9._-]', '-', config.env)}-{config.seed}"
+# %% 4.5 Files and curves
+def write_checkpoint(folder: Path, replay: ReplayBuffer, state: dict) -> None:
+    """checkpoint.npz: `state` and the replay buffer's rows, packed, with checksums. It is written
+    under another name and renamed when whole; the one before stays as checkpoint-before.npz."""
+    new, path, buffer = folder / "checkpoint.new", folder / "checkpoint.npz", io.BytesIO()
+    torch.save(state | {"replay": (replay.size, replay.cursor)}, buffer)
+    rows = {name: values[: replay.size].numpy() for name, values in replay.rows.items()}
+    with open(new, "wb") as file:
+        np.savez_compressed(file, state=np.frombuffer(buffer.getbuffer(), np.uint8), **rows)
+        os.fsync(file.fileno())  # on the disk before the name is
+    if path.exists():
+        path.replace(folder / "checkpoint-before.npz")
+    new.replace(path)
+
+def read_checkpoint(path: str | Path, replay: ReplayBuffer | None = None) -> dict:
+    """The state in a checkpoint file or a run's folder, where a damaged file is passed over for
+    the one before; its rows into `replay`. Runs no code from it; DreamerError if none is whole."""
+    path, problems = Path(path), []
+    names = ("checkpoint.npz", "checkpoint-before.npz") if path.is_dir() else ("",)
+    for file in (path / name for name in names):
+        try:
+            with np.load(file) as saved:
+                if damaged := saved.zip.testzip():  # compares all checksums
+                    raise ValueError(f"{damaged} is damaged")
+                buffer = io.BytesIO(saved["state"])
+                state = torch.load(buffer, map_location="cpu", weights_only=True)
+                if replay:
+                    replay.size, replay.cursor = state["replay"]
+                    for name, values in replay.rows.items():
+                        values[: replay.size] = torch.from_numpy(saved[name])
+            if problems:
+                print(f"{problems[0]}; took {file} in its place", file=sys.stderr)
+            return state
+        except Exception as error:  # a damaged file raises any of a dozen types
+            problems.append(f"{file.name}: {error!r}")
+    raise DreamerError(f"{path} is no checkpoint that can be used ({'; '.join(problems)})")
+
+def load_agent(path: str | Path, device: str = "auto") -> Agent:
+    """The agent in a run's folder or checkpoint file, ready for `agent.act` and `evaluate`.
+    Raises DreamerError if there is no whole one, or if another program wrote it."""
+    state = read_checkpoint(path)
     try:
-        folder.mkdir(parents=True)
-        (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
-    except OSError as error:
-        raise DreamerError(f"{folder}: {error.strerror}; choose another seed or runs") from error
-    return folder
+        config = Config(**state["config"] | {"device": device})
+        agent = Agent(PixelEnv(config.env).action_space, config)
+        agent.load_state_dict(state["agent"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise DreamerError(f"{path} is of another version of dreamer.py: {error}") from error
+    return agent
 
-class Log:
-    """A run's progress bar, and metrics.jsonl: a line holds the means since the line before."""
+def init_from(agent: Agent, path: str) -> None:
+    """Start from what a file holds of encoder, rssm, decoder, heads, actor or critic: the weights
+    of one, several as {"rssm": weights, ...}, or a run's checkpoint. Prints what was loaded."""
+    weights, parts = {}, dict(agent.world_model.named_children(), **dict(agent.named_children()))
+    try:
+        of_torch = Path(path).suffix in (".pt", ".pth")
+        saved = torch.load(path, "cpu", weights_only=True) if of_torch else read_checkpoint(path)
+        for key, x in saved.get("agent", saved).items():
+            weights |= {f"{key}.{k}": v for k, v in x.items()} if isinstance(x, dict) else {key: x}
+    except Exception as error:  # a damaged file raises any of a dozen types
+        raise DreamerError(f"--init-from {path}: {error!r}") from error
+    for name in ("encoder", "rssm", "decoder", "reward_head", "cont_head", "actor", "critic"):
+        own = {key.rpartition(f"{name}.")[2]: x for key, x in weights.items()
+               if f".{name}." in f".{key}"} or weights
+        try:
+            copy.deepcopy(parts[name]).load_state_dict(own)  # so that it is all or nothing
+            parts[name].load_state_dict(own)
+            print(f"{path}: {name} is loaded")
+        except RuntimeError as error:
+            reason = "is not in it" if own is weights else f"does not fit: {error}"
+            print(f"{path}: {name}", " ".join(reason.split()))
+    agent.slow_critic.load_state_dict(agent.critic.state_dict())
 
-    def __init__(self, folder: Path, steps: int):
-        self.folder, self.values, self.start = folder, defaultdict(list), time.monotonic()
-        self.bar = tqdm(total=steps, unit="step", miniters=0, mininterval=0.5, dynamic_ncols=True)
-
-    def add(self, metrics: dict[str, Any], step: int) -> None:
-        for name, value in metrics.items():
-            self.values[name].append(float(value))
-        shown = ("env/return", "wm/recon", "wm/kl", "ac/actor", "ac/critic", "ac/entropy")
-        self.bar.set_postfix({k: self.values[k][-1] for k in shown if k in self.values}, False)
-        self.bar.update(step - self.bar.n)
-
-    def write(self, counters: dict[str, int]) -> None:
-        line = counters | {name: float(np.mean(x)) for name, x in self.values.items()}
-        line["time/seconds"] = seconds = time.monotonic() - self.start
-        line["time/env_steps_per_second"] = counters["env/step"] / seconds
-        line["time/updates_per_second"] = counters["wm/updates"] / seconds
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
-        self.values.clear()
-        draw_curves(self.folder)
-
-def draw_curves(folder: Path) -> None:
-    """Draw metrics.jsonl as curves.png: a panel a line below, over environment steps."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def draw_curves(lines: list[dict], path: Path) -> None:
+    """curves.png from the lines of metrics.jsonl: a panel a line below, over environment steps."""
     panels = {
-        "Episode return": ["env/return", "eval/return"],
-        "Reconstruction loss (squared error of a frame)": ["wm/recon"],
-        "KL(posterior || prior), nats": ["wm/kl"], "Actor entropy, nats": ["ac/entropy"]}
-    figure = Figure(figsize=(10, 6), layout="constrained")
-    for axes, (title, keys) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
+        "episode return": ["env/return", "eval/return"],
+        "reconstruction loss": ["wm/recon"],
+        "KL of posterior and prior, nats": ["wm/dyn", "wm/rep", "wm/kl"],
+        "actor entropy, nats": ["ac/entropy"],
+        "correlation of dreamed and real": ["eval/reward_rho", "eval/return_rho"],
+        "trajectory entropy, nats": ["eval/trajectory_entropy"]}
+    figure = Figure(figsize=(12, 6.5), layout="constrained")
+    for axes, (label, keys) in zip(figure.subplots(2, 3).flat, panels.items(), strict=True):
         for key in keys:
-            points = [line for line in lines if key in line]
-            steps = [line["env/step"] for line in points]
-            axes.plot(steps, [line[key] for line in points], marker=".", label=key)
-            if key == "eval/return":
-                low, high = ([line[f"{key}_{end}"] for line in points] for end in ("min", "max"))
-                axes.fill_between(steps, low, high, alpha=0.2, color="C1", label="its min to max")
-        axes.set(title=title, xlabel="environment steps")
+            points = [(x["env/step"], x[key], x.get(f"{key}_std", 0)) for x in lines if key in x]
+            axes.errorbar(*np.reshape(points, (-1, 3)).T, marker=".", capsize=3, label=key)
+        axes.set(xlabel="environment steps", ylabel=label)
         axes.set_yscale("log" if "wm/recon" in keys else "linear")
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.savefig(folder / "curves.png", dpi=100)
-
-def save_checkpoint(folder: Path, agent: Agent, optimizers: dict, step: int) -> None:
-    """Write checkpoint.pt under another name, then rename it: there is never half of one."""
-    states = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
-    checkpoint = {"config": asdict(agent.config), "step": step, "agent": agent.state_dict()}
-    torch.save(checkpoint | {"optimizers": states}, folder / "checkpoint.new")
-    os.replace(folder / "checkpoint.new", folder / "checkpoint.pt")
-
-def load_agent(path: str | Path, device: str = "auto") -> Agent:
-    """The agent in a run's folder or checkpoint file, ready for `agent.act` and `evaluate`. Runs
-    no code from the file; raises DreamerError if it is missing, broken or another program's."""
-    path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        config = Config(**checkpoint["config"])
-        agent = Agent(PixelEnv(config.env).action_space, config)
-        agent.load_state_dict(checkpoint["agent"])
-    except Exception as error:  # a broken file raises any of a dozen types
-        reason = str(error) if isinstance(error, DreamerError) else type(error).__name__
-        raise DreamerError(f"{path} is no checkpoint that can be used ({reason})") from error
-    return agent.to(pick_device(device))
+    figure.savefig(path, dpi=100)
 
 # %% [markdown]
 # # Section 5: Self-Evaluation Metrics
-# Does what was learned in dreams hold in the environment, in episodes that were never trained on?
+# Does the dream match the world, in episodes that were never trained on? From states that saw the
+# frames the prior dreams on, K steps, under the actions that were really taken. A hat marks what
+# was dreamed; alive_k is 1 until the real episode has terminated, then 0.
+#
+# - Eq. 5.1 `reward_rho = corr(hat c_1 ... hat c_{k-1} hat r_k, alive_{k-1} r_k)`, over all k <= H
+# - Eq. 5.2 `return_rho`: the same, of sums over k <= H discounted by `gamma^{k-1}`
+# - Eq. 5.3 `reward_error_k`: mean absolute difference of the two rewards of Eq. 5.1 at step k
+# - Eq. 5.4 `pixel_error_k = |o_k - decoder(hat h_k, hat z_k)|^2`, summed as in Eq. 2.1, beside what
+#   the last frame that was seen (`repeat`) and the mean frame (`mean`) miss
+# - Eq. 5.5 `trajectory_entropy`: sum over H dreamed steps of the actor of `policy_entropy`, that of
+#   pi(. | h_k, z_k), and `latent_entropy`, that of the prior p(. | h_{k+1})
+# - Eq. 5.6 `latent_fid = |m - m'|^2 + tr(C + C' - 2 (C C')^{1/2})`, means, covariances of real and
+#   dreamed (h_H, z_H): the lesson's FID with the agent's own features, for want of a pretrained net
+# - Eq. 5.7 `value_error = mean |v_t - (r_{t+1} + gamma r_{t+2} + ...)|`, rewards that really came
 
-# %% 5.1 Evaluation on unseen seeds
-def evaluate(agent: Agent, episodes: int = 20, seed: int = 0) -> dict[str, float]:
-    """Play evaluation episodes with the agent's most likely actions; statistics of their returns
-    (undiscounted sums of rewards). Leaves the random state as it was."""
+# %% 5.1 Held-out episodes
+def evaluate(
+    agent: Agent, episodes: int = 20, seed: int = 0, folder: Path | None = None
+) -> dict[str, float]:
+    """The metrics of Section 5 as `eval/...`, without those that are not defined. Returns are sums
+    of rewards of `episodes` unseen episodes with the most likely actions. The rest is measured on
+    `held_out` rows, one half of these episodes, one of such in which random actions take over.
+    Draws dream.gif and latents.png into `folder`. Leaves the random state as it was."""
     if episodes < 1:
         raise DreamerError(f"episodes has to be at least 1, not {episodes}")
-    env, returns = PixelEnv(agent.config.env, action_repeat=agent.config.action_repeat), []
-    device = agent.return_range.device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for number in tqdm(range(episodes), desc="evaluation", unit="episode", leave=False):
-            unseen = episode_seed(seed, number, evaluation=True)
-            torch.manual_seed(unseen)
-            returns.append(sum(row["reward"] for row, _ in play(env, agent.act, unseen)))
+    config, more = agent.config, itertools.count(episodes)
+    env = PixelEnv(config.env, action_repeat=config.action_repeat)
+    held_out = ReplayBuffer(config.held_out, agent.action_size)
+
+    def policy_then_random(obs: np.ndarray, state: Any) -> tuple:
+        if state == "random" or torch.rand(()) < 0.02:  # after 50 steps, on average
+            return env.action_space.sample(), "random"
+        return agent.act(obs, state)
+
+    def episode(act: Callable, number: int, rows: int) -> float:
+        total = 0.0
+        for row, _ in play(env, act, episode_seed(seed, number, evaluation=True)):
+            total += row["reward"]
+            if held_out.size < rows:
+                held_out.add(row)
+        return total
+
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        bar = tqdm(range(episodes), desc="evaluation", unit="episode", leave=False)
+        returns = [episode(agent.act, number, config.held_out // 2) for number in bar]
+        by_policy = held_out.size
+        while held_out.size < config.held_out:
+            episode(policy_then_random, next(more), config.held_out)
+        rows = {name: values.to(config.device) for name, values in held_out.rows.items()}
+        metrics = dream_metrics(agent, rows, by_policy, folder)
     env.close()
-    return {"eval/return": float(np.mean(returns)), "eval/return_std": float(np.std(returns)),
-            "eval/return_min": min(returns), "eval/return_max": max(returns)}
+    if missing := [name for name, value in metrics.items() if not np.isfinite(value)]:
+        tqdm.write(f"not defined on these episodes: {', '.join(missing)}", sys.stderr)
+    for name, statistic in {"": np.mean, "_std": np.std, "_min": np.min, "_max": np.max}.items():
+        metrics[f"return{name}"] = float(statistic(returns))
+    return {f"eval/{name}": metrics[name] for name in metrics if name not in missing}
+
+# %% 5.2 Dreamed against real
+def correlation(x: Tensor, y: Tensor) -> float:
+    """Pearson's, of two vectors; nan where one of them does not vary."""
+    if len(x) == 0 or x.min() == x.max() or y.min() == y.max():
+        return np.nan
+    return torch.corrcoef(torch.stack([x, y]).double())[0, 1].item()
+
+def frechet_distance(x: Tensor, y: Tensor) -> float:
+    """Eq. 5.6, for features [N,F] and [M,F] (FID, arXiv:1706.08500); nan for less than two."""
+    if min(len(x), len(y)) < 2:
+        return np.nan
+    (m, c), (n, d) = ((feat.mean(0), torch.cov(feat.T)) for feat in (x.double(), y.double()))
+    trace_of_root = torch.linalg.eigvals(c @ d).real.clamp(min=0).sqrt().sum()
+    return ((m - n).square().sum() + c.trace() + d.trace() - 2 * trace_of_root).item()
+
+def dream_along(agent: Agent, rows: Named, h: Tensor, z: Tensor, start: Tensor, K: int) -> Tensors:
+    """From h, z [L,...] at rows start [N], dream under the actions that were taken -> features
+    [K+1,N,F], the rows they stand for [K+1,N], whether the episode lasted until there [K+1,N]."""
+    row = start + torch.arange(K + 1, device=start.device).unsqueeze(1)
+    lasted, row, episode = row < len(h), row.clamp(max=len(h) - 1), rows["is_first"].cumsum(0)
+    actions = rows["prev_action"][row[1:]]  # [K,N,A]
+    feat, _ = imagine(agent.world_model, agent.actor, h[start], z[start], K, actions)
+    return feat, row, lasted & (episode[row] == episode[start])
+
+@torch.no_grad()
+def dream_metrics(
+    agent: Agent, rows: Named, by_policy: int, folder: Path | None = None
+) -> dict[str, float]:
+    """Eq. 5.1 to 5.7 on held-out rows [L,...], of which the first `by_policy` are the policy's."""
+    model, H, gamma, metrics = agent.world_model, agent.config.horizon, agent.config.gamma, {}
+    obs, reward, ends, first = (rows[k] for k in ("obs", "reward", "terminated", "is_first"))
+    sequence = model.encoder(obs)[None], rows["prev_action"][None], first[None]  # [1,L,...]
+    h, z, _, _ = model.rssm.observe(*sequence)
+    h, z, feat = h[0], z[0], torch.cat([h, z], -1)[0]  # [L,D], [L,S*K], [L,F]
+    start, episode = (~ends).nonzero()[::2, 0], first.cumsum(0)  # [N], [L]
+    dream, row, lasted = dream_along(agent, rows, h, z, start, max(H, 50))  # [K+1,N,F]
+    known = lasted | torch.isin(episode, episode[ends])[start]  # [K+1,N]: once terminated, all is
+    dreamed_reward, cont = model.predict(dream)  # [K+1,N]
+    cont[0] = 1
+    dreamed = cont.cumprod(0)[:-1] * dreamed_reward[1:]  # [K,N]
+    real = (reward[row] * lasted)[1:]  # [K,N]
+    sure, discount = known[1 : H + 1], gamma ** torch.arange(H, device=h.device)
+    metrics["reward_rho"] = correlation(dreamed[:H][sure], real[:H][sure])  # Eq. 5.1
+    sums = [(discount @ x[:H])[sure[-1]] for x in (dreamed, real)]
+    metrics["return_rho"] = correlation(*sums)  # Eq. 5.2
+    for k in (1, 5, 15, 50):
+        error = (dreamed - real)[k - 1][known[k]].abs()
+        metrics[f"reward_error_{k}"] = error.mean().item()  # Eq. 5.3
+        mean = obs.float().mean(0) / 255
+        guesses = {"": model.decoder(dream[k]), "_repeat": obs[start] / 255, "_mean": mean}
+        for name, guess in guesses.items():
+            error = (guess - obs[row[k]] / 255).square().sum((-3, -2, -1))[lasted[k]]
+            metrics[f"pixel_error{name}_{k}"] = error.mean().item()  # Eq. 5.4
+    imagined, _ = imagine(model, agent.actor, h[start], z[start], H)  # [H+1,N,F]
+    policy = agent.actor(imagined[:-1]).entropy()  # [H,N]
+    latent = model.rssm.prior_entropy(imagined[1:, :, : h.shape[1]])  # [H,N]
+    metrics |= {
+        "policy_entropy": policy.mean().item(), "latent_entropy": latent.mean().item(),
+        "trajectory_entropy": (policy + latent).sum(0).mean().item()}  # Eq. 5.5
+    real_feat, dream_feat = feat[row[H][lasted[H]]], dream[H][lasted[H]]  # [M,F]
+    metrics["latent_fid"] = frechet_distance(real_feat[::2], dream_feat[1::2])  # Eq. 5.6
+    metrics["latent_fid_floor"] = frechet_distance(real_feat[::2], real_feat[1::2])
+    # At the first row of an episode the one before stops: its value (0 if it ended) takes over
+    value, first, ends = agent.critic(feat[:by_policy]), first[:by_policy], ends[:by_policy]  # [P]
+    came = torch.where(first, value.roll(1), reward[:by_policy])
+    came = lambda_return(came, value, (~first & ~ends).float(), gamma, 1.0)
+    value, came = value[:-1][~first[1:]], came[~first[1:]]
+    metrics |= {
+        "value": value.mean().item(), "value_real": came.mean().item(),
+        "value_error": (value - came).abs().mean().item()}  # Eq. 5.7
+    if folder:
+        draw_dream(agent, rows, h, z, folder / "dream.gif")
+        draw_latents(agent, real_feat, dream_feat, folder / "latents.png")
+    return metrics
+
+# %% 5.3 Pictures
+def draw_dream(agent: Agent, rows: Named, h: Tensor, z: Tensor, path: Path) -> None:
+    """dream.gif: truth, dream and difference in four episodes; 5 frames are seen, 45 dreamed."""
+    first = rows["is_first"][:-5].nonzero()[:, 0]
+    first = first[torch.linspace(0, len(first) - 1, 4).long()]
+    seen = first + torch.arange(4, device=first.device).unsqueeze(1)  # [4,4]
+    dream, row, lasted = dream_along(agent, rows, h, z, first + 4, 45)  # begins with the fifth
+    feat = torch.cat([torch.cat([h, z], -1)[seen], dream])  # [50,4,F]
+    lasted = torch.cat([seen >= 0, lasted]).view(50, 4, 1, 1, 1)
+    truth = rows["obs"][torch.cat([seen, row])] * lasted  # black after the end
+    dreamed = agent.world_model.decoder(feat) * 255
+    films = torch.cat([truth, dreamed, (255 + dreamed - truth) / 2 * lasted], 2)  # [50,4,192,64,3]
+    images = []
+    for t, film in enumerate(films.transpose(1, 2).flatten(2, 3).byte().cpu().numpy()):
+        title, color = (f"dream, step {t - 4}", "#e65a00") if t > 4 else (f"frame {t + 1}", "#555")
+        images.append(Image.new("RGB", (512, 400), color))
+        images[t].paste(Image.fromarray(film).resize((512, 384), Image.Resampling.NEAREST), (0, 16))
+        for y, text in ((2, title), (18, "truth"), (146, "dream"), (274, "difference")):
+            ImageDraw.Draw(images[t]).text((4, y), text, "white" if y == 2 else "red")
+    images[0].save(path, save_all=True, append_images=images[1:], duration=100, loop=0)
+
+def draw_latents(agent: Agent, real: Tensor, dreamed: Tensor, path: Path) -> None:
+    """latents.png: features [M,F] after H steps, on the two principal components of the real."""
+    components = torch.linalg.svd(real - real.mean(0), full_matrices=False).Vh[:2].T  # [F,2]
+    low, high = (x.item() for x in agent.critic(real).aminmax())
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    for axes, name, feat in zip(panels, ("real", "dreamed"), (real, dreamed), strict=True):
+        x, y = ((feat - real.mean(0)) @ components).T.cpu()
+        dots = axes.scatter(x, y, 6, agent.critic(feat).cpu(), vmin=low, vmax=high)
+        axes.set(title=f"{name} states, {agent.config.horizon} steps on",
+                 xlabel="first principal component", ylabel="second principal component")
+    figure.colorbar(dots, ax=panels, label="predicted value")
+    figure.savefig(path, dpi=100)
+
+# %% 5.4 The dream as an environment
+class DreamEnv(gym.Env):
+    """The learned world as a Gymnasium environment: a real first frame, and then only dreams. The
+    prior, the reward head and the continue head (by chance) make a step; the decoder `render`, the
+    observation, too: uint8 [64, 64, 3]. There is no time limit."""
+
+    metadata, render_mode = {"render_modes": ["rgb_array"], "render_fps": 30}, "rgb_array"
+
+    def __init__(self, agent: Agent):
+        self.agent = agent
+        self.real = PixelEnv(agent.config.env, action_repeat=agent.config.action_repeat)
+        self.action_space = self.real.action_space
+        self.observation_space = self.real.observation_space
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        super().reset(seed=seed)
+        obs, info = self.real.reset(seed=seed, options=options)
+        with torch.random.fork_rng():
+            torch.manual_seed(int(self.np_random.integers(2**31)))
+            _, (self.h, self.z, _) = self.agent.act(obs)
+        return self.render(), info
+
+    @torch.no_grad()
+    def step(self, action):
+        action = torch.as_tensor(gym.spaces.flatten(self.action_space, action)).to(self.h)
+        with torch.random.fork_rng():
+            torch.manual_seed(int(self.np_random.integers(2**31)))
+            self.h, self.z = self.agent.world_model.rssm.img_step(self.h, self.z, action[None])
+        reward, cont = self.agent.world_model.predict(torch.cat([self.h, self.z], -1))
+        return self.render(), reward.item(), self.np_random.random() > cont.item(), False, {}
+
+    @torch.no_grad()
+    def render(self) -> np.ndarray:
+        frame = self.agent.world_model.decoder(torch.cat([self.h, self.z], -1))[0]
+        return (frame * 255).byte().cpu().numpy()
+
+class SideBySide(DreamEnv):
+    """Left the real environment, right the dream; `step(None)` leaves both to the agent."""
+
+    def step(self, action):
+        if action is None:
+            policy = self.agent.actor(torch.cat([self.h, self.z], -1))
+            action = gym.spaces.unflatten(self.action_space, policy.mode[0].detach().cpu().numpy())
+        *_, terminated, truncated, _ = self.real.step(action)
+        obs, reward, ended, _, info = super().step(action)
+        return obs, reward, terminated or ended, truncated, info
+
+    def render(self) -> np.ndarray:
+        return np.hstack([self.real.pixels(), super().render()])
+
+def play_dream(agent: Agent) -> None:
+    """A window in which the arrow keys act, in dream and environment; without a key, the agent."""
+    if HEADLESS:
+        raise DreamerError("--play needs a screen, and there is none here")
+    from gymnasium.utils.play import play  # it takes hold of a screen when it is imported
+
+    space, keys = agent.action_space, (pygame.K_LEFT, pygame.K_RIGHT, pygame.K_DOWN, pygame.K_UP)
+    signs = np.eye(agent.action_size, dtype=np.float32).reshape(-1, *space.shape)
+    actions = [sign * axis for axis in signs for sign in (-1, 1)]
+    if isinstance(space, gym.spaces.Discrete):
+        actions = range(space.start, space.start + space.n)
+    keys_to_action = {(key,): action for key, action in zip(keys, actions, strict=False)}
+    play(SideBySide(agent), zoom=6, keys_to_action=keys_to_action, noop=None)
+    pygame.quit()
 
 # %% Command line
 def make_parser() -> argparse.ArgumentParser:
     """An option for each field of `Config`; help and groups are the comments in its source."""
     parser = argparse.ArgumentParser(
         prog="dreamer.py", usage="python dreamer.py [--OPTION VALUE ...]", allow_abbrev=False,
-        description="Train Dreamer from pixels, or evaluate an agent that it trained.")
+        description="Train Dreamer from pixels; or look at, or go on with, what was trained.")
     parser.error = lambda message: parser.exit(2, f"dreamer.py: error: {message}\n")
-    group = parser.add_argument_group("evaluation (with --device and --seed; others are ignored)")
-    group.add_argument("--eval", metavar="RUN", help="a run's folder or checkpoint: do not train, "
-                       "play unseen episodes and print mean, std, min and max of their returns")
+    group = parser.add_argument_group("a run's folder, in place of training a new one")
+    group.add_argument("--resume", metavar="RUN", help="go on where it was stopped, to --steps")
+    group.add_argument("--eval", metavar="RUN", help="measure its agent on unseen episodes")
     group.add_argument("--episodes", metavar="INT", type=int, default=20, help="how many (20)")
-    group = parser.add_argument_group("run")
+    group.add_argument("--json", action="store_true", help="print the metrics as one JSON object")
+    group.add_argument("--play", metavar="RUN", help="step into its dream, with the arrow keys")
     defaults = asdict(Config())
     for line in inspect.getsource(Config).splitlines():
         if heading := re.fullmatch("    # (.+)", line):
             group = parser.add_argument_group(heading[1])
-        elif field := re.fullmatch(r"    (\w+): (\w+) = .*  # (.+)", line):
-            name, kind, text = field.groups()
+        elif field := re.fullmatch(r"    (\w+): (\w+) = (.*)  # (.+)", line):
+            name, kind, _, text = field.groups()
             group.add_argument(
-                f"--{name.replace('_', '-')}", type=type(defaults[name]), default=defaults[name],
-                metavar=kind.upper(), help=f"{text} ({defaults[name]})")
+                f"--{name.replace('_', '-')}", type=type(defaults[name]), metavar=kind.upper(),
+                default=argparse.SUPPRESS, help=f"{text} ({getattr(Config, name)})")
     return parser
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns 0, 2 after one line of what to put right, 130 after Ctrl-C."""
     options = vars(make_parser().parse_args(argv))
-    path, episodes = options.pop("eval"), options.pop("episodes")
+    resume, evaluated, episodes, as_json, played = (
+        options.pop(name) for name in ("resume", "eval", "episodes", "json", "play"))
     try:
-        config = Config(**options)
-        if path is None:
-            folder = train(config)
-            print(f"Results are in {folder}. Next: python dreamer.py --eval {folder}")
+        if evaluated or played:
+            agent = load_agent(evaluated or played, options.get("device", "auto"))
+        if played:
+            play_dream(agent)
+        elif evaluated:
+            metrics = evaluate(agent, episodes, options.get("seed", 0))
+            lines = [f"{name:28} {value:.4g}" for name, value in metrics.items()]
+            print(json.dumps(metrics) if as_json else "\n".join(lines))
         else:
-            agent = load_agent(path, config.device)
-            mean, std, low, high = evaluate(agent, episodes, config.seed).values()
-            print(f"{path}: return over {episodes} unseen episodes: "
-                  f"mean {mean:.1f}, std {std:.1f}, min {low:.1f}, max {high:.1f}")
+            saved = json.loads((Path(resume) / "config.json").read_text()) if resume else {}
+            folder = train(Config(**saved | options), resume)
+            print(f"Results are in {folder}. Next: python dreamer.py --eval {folder}")
         return 0
-    except DreamerError as error:
+    except (DreamerError, OSError) as error:
         print("dreamer.py: error:", " ".join(str(error).split()), file=sys.stderr)  # one line
         return 2
     except KeyboardInterrupt:
-        print("\ndreamer.py: stopped; what it had written is kept", file=sys.stderr)
+        print("\ndreamer.py: stopped at once", file=sys.stderr)
         return 130
 
 # %% Run
 if __name__ == "__main__":
     if "ipykernel" not in sys.modules:
         sys.exit(main())
-    from IPython.display import Image, display  # opened as a notebook: train, show the curves
+    from IPython.display import Image as Picture  # opened as a notebook: train, show the curves
+    from IPython.display import display
 
-    display(Image(train(Config()) / "curves.png"))
+    display(Picture(train(Config()) / "curves.png"))

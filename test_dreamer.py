@@ -5,17 +5,21 @@ import __future__
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
+import pygame
 import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
+from PIL import Image
 from torch.distributions import Categorical, Independent, Normal, OneHotCategorical
 from torch.distributions import kl_divergence as torch_kl
 
@@ -52,7 +56,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # the same for child processes
 SMALL = dict(  # a config whose every part is small
     depth=2, hidden=16, groups=4, classes=4, units=16, batch_size=4, batch_length=6, horizon=5,
     prefill=60, pretrain=5, train_ratio=16.0, capacity=500,
-    log_every=50, eval_every=100, eval_episodes=1,
+    log_every=50, eval_every=100, eval_episodes=1, held_out=160,
 )
 A, D, Z, S, K = 2, 16, 16, 4, 4  # sizes under SMALL
 
@@ -149,11 +153,6 @@ def random_batch(B=4, T=6):
     }
 
 
-def optimizers_of(agent):
-    parts = ("world_model", "actor", "critic")
-    return {name: torch.optim.Adam(getattr(agent, name).parameters(), 1e-3) for name in parts}
-
-
 def snapshot(module):
     return {name: p.detach().clone() for name, p in module.named_parameters()}
 
@@ -233,7 +232,7 @@ def test_an_id_may_name_the_module_to_import(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     obs, _ = PixelEnv("late_module:Late-v0").reset(seed=0)
     assert obs.shape == (64, 64, 3)
-    folder = dreamer.new_folder(Config(env="late_module:Late-v0", runs=str(tmp_path)))
+    folder = train(Config(**SMALL, env="late_module:Late-v0", steps=2, runs=str(tmp_path)))
     assert folder.name == "late_module-Late-v0-0"  # Windows allows no colon
 
 
@@ -495,7 +494,7 @@ def test_imagination_takes_no_environment_step(agent, monkeypatch):
     for name in ("reset", "step", "render"):
         monkeypatch.setattr(PixelEnv, name, forbidden)
         monkeypatch.setattr(gym.Wrapper, name, forbidden)
-    metrics = update_behavior(agent, optimizers_of(agent), torch.randn(6, D), torch.randn(6, Z))
+    metrics = update_behavior(agent, torch.randn(6, D), torch.randn(6, Z))
     assert np.isfinite([float(x) for x in metrics.values()]).all()
 
 
@@ -503,11 +502,11 @@ def test_weights_are_cumulative_and_start_with_the_first_continue(agent, monkeyp
     seen = {}
 
     def spy(actor, feat, action, advantage, weight, eta):
-        seen["weight"], seen["cont"] = weight, agent.world_model.cont_head(feat).detach()
+        seen["weight"], seen["cont"] = weight, agent.world_model.predict(feat)[1].detach()
         return actor_loss(actor, feat, action, advantage, weight, eta)
 
     monkeypatch.setattr(dreamer, "actor_loss", spy)
-    update_behavior(agent, optimizers_of(agent), torch.randn(6, D), torch.randn(6, Z))
+    update_behavior(agent, torch.randn(6, D), torch.randn(6, Z))
     cont, gamma = seen["cont"], agent.config.gamma
     assert torch.allclose(seen["weight"][0], cont[0])
     assert torch.allclose(seen["weight"][2], cont[0] * gamma * cont[1] * gamma * cont[2])
@@ -565,7 +564,7 @@ def test_gradient_table(agent):
     for which in ("actor", "critic"):
         agent.zero_grad()
         feat, action = imagine(model, agent.actor, h, z, 5)
-        reward, cont, value = model.reward_head(feat), model.cont_head(feat), agent.critic(feat)
+        (reward, cont), value = model.predict(feat), agent.critic(feat)
         returns = lambda_return(reward, value, cont, 0.99, 0.95)
         weight, feat = cont[:-1].cumprod(0), feat[:-1]
         if which == "actor":
@@ -579,14 +578,14 @@ def test_gradient_table(agent):
 
 
 def test_each_update_moves_its_own_part_and_the_slow_critic_follows(agent):
-    optimizers, slow = optimizers_of(agent), snapshot(agent.slow_critic)
+    slow = snapshot(agent.slow_critic)
     before = {name: snapshot(getattr(agent, name)) for name in ("world_model", "actor", "critic")}
-    h, z, _ = update_world_model(agent, optimizers, random_batch())
+    h, z, _ = update_world_model(agent, random_batch())
     assert h.shape == (24, D) and z.shape == (24, Z) and not h.requires_grad
     assert changed(agent.world_model, before["world_model"])
     assert not changed(agent.actor, before["actor"]) and not changed(agent.critic, before["critic"])
     before["world_model"] = snapshot(agent.world_model)
-    update_behavior(agent, optimizers, h, z)
+    update_behavior(agent, h, z)
     assert not changed(agent.world_model, before["world_model"])
     assert changed(agent.actor, before["actor"]) and changed(agent.critic, before["critic"])
     for name, p in agent.slow_critic.named_parameters():
@@ -626,7 +625,7 @@ def test_truncation_keeps_continue_at_one(agent, env_id, ends):
         replay.add(row)
     batch = {name: rows[None, :5] for name, rows in replay.rows.items()}
     batch["prev_action"] = batch["prev_action"][..., :A]
-    head = agent.world_model.cont_head.net[-1]
+    head = agent.world_model.cont_head[-1]
     head.weight.data.zero_()
     head.bias.data.fill_(5.0)  # it says: the episode goes on, with probability sigmoid(5)
     *_, metrics = agent.world_model.loss(batch)
@@ -646,7 +645,7 @@ def test_same_seed_same_metrics_and_checkpoint_round_trip(tmp_path):
     first, again, other = map(lines_of, runs)
     assert [line["env/step"] for line in first] == [50, 100, 130]
     assert first == again and first != other
-    one, two = load_agent(runs[0]), load_agent(runs[1] / "checkpoint.pt")
+    one, two = load_agent(runs[0]), load_agent(runs[1] / "checkpoint.npz")
     for (name, a), b in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     assert evaluate(one, 1, seed=3)["eval/return"] == first[-1]["eval/return"]
@@ -682,7 +681,8 @@ def test_a_run_from_the_command_line_leaves_every_file_and_explained_metrics(tmp
     run = subprocess.run(command + flags(SMALL), cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     folder = tmp_path / "runs" / "CartPole-v1-0"
-    files = {"config.json", "metrics.jsonl", "curves.png", "checkpoint.pt"}
+    files = {"config.json", "metrics.jsonl", "curves.png", "checkpoint.npz", ".lock",
+             "dream.gif", "latents.png"}
     assert {path.name for path in folder.iterdir()} == files
     assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert json.loads((folder / "config.json").read_text())["steps"] == 200
@@ -702,9 +702,9 @@ BAD_INPUT = [
     (["--steps", "0"], "steps has to be between 1"),
     (["--gamma", "1.5"], "gamma has to be between 0 and 1"),
     (["--gamma", "0"], "gamma exceed 0"),
-    (["--world-model-lr", "nan"], "world_model_lr has to be"),
+    (["--lr", "nan"], "lr has to be"),
     (["--batch-length", "64", "--prefill", "10"], "prefill and capacity must reach batch_length"),
-    (["--env", "CartPol-v1"], "closest id is CartPole-v1."),
+    (["--env", "CartPol-v1"], "Did you mean: `CartPole`?"),
     (["--env", "no_such_module:Thing-v0"], "No module named 'no_such_module'"),
     (["--env", "Blind-v0"], "cannot render"),
     (["--env", "Broken-v0"], "--env Broken-v0: no display, no luck"),
@@ -713,7 +713,7 @@ BAD_INPUT = [
     (["--eval", "nowhere"], "nowhere is no checkpoint"),
     (["--eval", "broken.pt"], "broken.pt is no checkpoint"),
     (["--eval", "foreign.pt"], "foreign.pt is no checkpoint"),
-    (["--runs", "occupied"], "File exists; choose another seed or runs"),
+    (["--runs", "occupied"], "exists: --resume it, or choose another seed or runs"),
     (["--runs", "broken.pt"], "broken.pt"),
 ]
 
@@ -749,7 +749,7 @@ def test_a_cuda_run_trains_and_its_checkpoint_loads_on_the_cpu(tmp_path):
 
 
 def test_ctrl_c_ends_in_one_line_and_130(tmp_path, monkeypatch, capsys):
-    def interrupt(config):
+    def interrupt(config, resume):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(dreamer, "train", interrupt)
@@ -762,7 +762,8 @@ def test_help_explains_every_option(capsys):
         dreamer.main(["--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0
-    for name, default in vars(Config()).items():
+    for name in vars(Config()):
+        default = getattr(Config, name)
         option, default = name.replace("_", "-"), re.escape(str(default))
         assert re.search(rf"--{option} [A-Z]+\s+\w[^(]+\({default}\)", text), name
 
@@ -789,8 +790,503 @@ def test_the_file_opens_as_a_notebook_whose_cells_run_in_order(monkeypatch):
 
 
 def test_errors_are_raised_as_dreamer_errors_for_importers():
-    with pytest.raises(DreamerError, match="closest"):
+    with pytest.raises(DreamerError, match="Did you mean: `Pendulum`"):
         PixelEnv("Pendulumm-v1")
+
+
+# Section 4.5: nothing is lost
+ON_POSIX = pytest.mark.skipif(os.name != "posix", reason="needs fork and POSIX signals")
+
+
+def in_child(*argv, after=None, number=None, limit=None):
+    """dreamer.main(argv) in a child process, which a signal may stop -> exit code, its output."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.dup2(writer, 1)
+        os.dup2(writer, 2)
+        os.close(reader)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if limit:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        code = 1
+        try:
+            code = dreamer.main(list(argv))
+        except SystemExit as stop:
+            code = stop.code
+        except BaseException as error:
+            print(repr(error))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    os.close(writer)
+    if number:
+        time.sleep(after)
+        os.kill(child, number)
+    with open(reader, errors="replace") as file:
+        output = file.read()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), output
+
+
+def weights_of(folder):
+    return dreamer.read_checkpoint(folder)["agent"]
+
+
+def same_run(a, b):
+    assert lines_of(a) == lines_of(b)
+    for (name, x), y in zip(weights_of(a).items(), weights_of(b).values(), strict=True):
+        assert torch.equal(x, y), name
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    runs = str(tmp_path_factory.mktemp("undisturbed"))
+    return train(Config(**SMALL, steps=200, device="cpu", runs=runs))
+
+
+@ON_POSIX
+def test_twenty_kills_in_a_row_change_nothing(undisturbed, tmp_path):
+    first = ["--device", "cpu", "--steps", "200", "--save-every", "0.1", "--runs", str(tmp_path)]
+    argv, folder = first + flags(SMALL), tmp_path / "CartPole-v1-0"
+    chance = np.random.default_rng(0)
+    for _ in range(20):
+        code, output = in_child(*argv, after=chance.uniform(0.1, 0.8), number=signal.SIGKILL)
+        assert code in (-signal.SIGKILL, 0), output
+        if (folder / "config.json").exists():
+            argv = ["--resume", str(folder)]
+    assert in_child(*argv)[0] == 0
+    same_run(undisturbed, folder)
+
+
+@ON_POSIX
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_kill_save_say_how_to_resume_and_change_nothing(
+    number, code, undisturbed, tmp_path
+):
+    folder = tmp_path / "CartPole-v1-0"
+    argv = ["--device", "cpu", "--steps", "200", "--runs", str(tmp_path), *flags(SMALL)]
+    stopped = in_child(*argv, after=0.5, number=number)
+    assert stopped[0] == code and f"python dreamer.py --resume {folder}" in stopped[1]
+    for after in (0.2, 0.4, 0.3):
+        step = dreamer.read_checkpoint(folder)["progress"]["step"]
+        assert (folder / "curves.png").exists() and f"stopped at step {step} of 200" in stopped[1]
+        stopped = in_child("--resume", str(folder), after=after, number=number)
+        assert stopped[0] in (code, 0), stopped[1]
+    assert in_child("--resume", str(folder))[0] == 0
+    same_run(undisturbed, folder)
+
+
+@ON_POSIX
+def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch):
+    run = dreamer.Run(Config(**SMALL, steps=10), tmp_path)
+    run.stop(signal.SIGINT, None)
+    with pytest.raises(KeyboardInterrupt):
+        run.stop(signal.SIGINT, None)
+
+
+def test_a_resumed_run_may_have_more_steps_and_nothing_else(undisturbed, tmp_path):
+    config = dict(SMALL, device="cpu", runs=str(tmp_path))
+    folder = train(Config(**config, steps=100))
+    assert [line["env/step"] for line in lines_of(folder)] == [50, 100]
+    with pytest.raises(DreamerError, match="hidden was 16, and cannot change"):
+        train(Config(**dict(config, hidden=32), steps=200), folder)
+    train(Config(**config, steps=200), folder)
+    assert json.loads((folder / "config.json").read_text())["steps"] == 200
+    same_run(undisturbed, folder)
+
+
+def test_a_resumed_run_in_a_full_buffer_and_with_box_actions_is_exact(tmp_path):
+    config = dict(SMALL, env="Pendulum-v1", device="cpu", capacity=70, save_every=0.0, steps=120)
+    whole = train(Config(**config, runs=str(tmp_path / "a")))
+    half = train(Config(**dict(config, steps=90), runs=str(tmp_path / "a" / "b")))
+    config["runs"] = str(tmp_path / "a" / "b")
+    train(Config(**config), half)
+    for name, x in weights_of(whole).items():
+        assert torch.equal(x, weights_of(half)[name]), name
+
+
+def test_a_damaged_checkpoint_is_recognised_and_the_one_before_used(tmp_path, capsys):
+    folder = train(Config(**SMALL, steps=70, device="cpu", save_every=0.0, runs=str(tmp_path)))
+    newest, before = folder / "checkpoint.npz", folder / "checkpoint-before.npz"
+    good, steps = newest.read_bytes(), [70, dreamer.read_checkpoint(before)["progress"]["step"]]
+    chance = np.random.default_rng(0)
+    for _ in range(15):
+        newest.write_bytes(good[: chance.integers(len(good))])
+        capsys.readouterr()
+        assert dreamer.read_checkpoint(folder)["progress"]["step"] == steps[1]
+        assert "checkpoint-before.npz in its place" in capsys.readouterr().err
+    recognised = 0
+    for _ in range(30):
+        damaged = bytearray(good)
+        damaged[chance.integers(len(good))] ^= 1 << chance.integers(8)
+        newest.write_bytes(damaged)
+        state = dreamer.read_checkpoint(folder)
+        if state["progress"]["step"] == 70:  # what was hit means nothing, such as a time stamp
+            assert all(torch.equal(x, weights_of(folder)[k]) for k, x in state["agent"].items())
+        else:
+            recognised += 1
+    assert recognised >= 25
+    newest.write_bytes(b"")
+    before.write_bytes(good[:-100])
+    with pytest.raises(DreamerError, match="no checkpoint that can be used"):
+        train(Config(**SMALL, steps=70, device="cpu", save_every=0.0, runs=str(tmp_path)), folder)
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path, undisturbed):
+    config = Config(**SMALL, steps=200, device="cpu", runs=str(undisturbed.parent))
+    folder = tmp_path / "CartPole-v1-0"
+    folder.mkdir()
+    (folder / "config.json").write_text((undisturbed / "config.json").read_text())
+    same_run(undisturbed, train(config, folder))
+
+
+@ON_POSIX
+def test_a_full_disk_ends_in_one_line_and_keeps_the_checkpoint(tmp_path):
+    config = Config(**SMALL, steps=70, device="cpu", runs=str(tmp_path))
+    folder = train(config)
+    before = weights_of(folder)
+    size = (folder / "checkpoint.npz").stat().st_size
+    code, output = in_child("--resume", str(folder), "--steps", "150", limit=size // 2)
+    assert code == 2 and "dreamer.py: error: " in output and "too large" in output.lower()
+    assert all(torch.equal(x, weights_of(folder)[name]) for name, x in before.items())
+    assert in_child("--resume", str(folder), "--steps", "150")[0] == 0
+
+
+class Faulty(Counting):
+    """Goes wrong in the way that its id says, in the third step of every episode."""
+
+    def __init__(self, render_mode=None, fault=None):
+        super().__init__(render_mode, length=10)
+        self.fault = fault
+
+    def step(self, action):
+        obs, reward, *rest = super().step(action)
+        if self.t == 3 and self.fault == "raises":
+            raise RuntimeError("a wheel came off")
+        return obs, np.nan if self.t == 3 and self.fault == "reward" else reward, *rest
+
+    def render(self):
+        frame = super().render()
+        if self.t == 3 and self.fault == "shape":
+            return frame[..., 0]
+        return frame.astype(np.float32) if self.t == 3 and self.fault == "type" else frame
+
+
+FAULTS = {"reward": "the reward is nan", "raises": "a wheel came off",
+          "shape": "cannot render uint8", "type": "cannot render uint8"}
+for fault in FAULTS:
+    gym.register(f"Faulty-{fault}-v0", Faulty, kwargs={"fault": fault})
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.filterwarnings("ignore")
+def test_what_an_environment_does_wrong_is_named_with_episode_and_step(fault, tmp_path, capsys):
+    argv = ["--env", f"Faulty-{fault}-v0", "--runs", str(tmp_path), "--seed", "2", *flags(SMALL)]
+    assert dreamer.main(argv) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"Faulty-{fault}-v0, episode with seed 4000000, step 3: " in error
+    assert FAULTS[fault] in error
+
+
+@pytest.mark.parametrize("part, term", [("decoder", "wm/recon"), ("reward_head", "wm/reward")])
+def test_a_loss_that_is_not_finite_stops_before_any_weight_is_touched(agent, part, term):
+    getattr(agent.world_model, part).requires_grad_(False)
+    for p in getattr(agent.world_model, part).parameters():
+        p.fill_(np.nan)
+    before = {k: v.clone() for k, v in agent.state_dict().items()}
+    with pytest.raises(FloatingPointError, match=f"not finite: {term}$"):
+        update_world_model(agent, random_batch())
+    assert all(torch.equal(v, before[k]) or v.isnan().all() for k, v in agent.state_dict().items())
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(dreamer, "symlog", symlog)
+    run = dreamer.Run(Config(**SMALL, steps=100), tmp_path)
+    run.bar = dreamer.tqdm(disable=True)
+    for _ in range(70):
+        run.environment_step()
+    weight = run.agent.world_model.decoder.layers[0].weight
+    weight.register_hook(lambda gradient: gradient * np.inf)
+    before = {k: v.clone() for k, v in run.agent.state_dict().items()}
+    with pytest.raises(DreamerError, match="step 70, update 0: .* the gradient of world_model"):
+        run.update()
+    assert all(torch.equal(v, before[k]) for k, v in run.agent.state_dict().items())
+
+
+def test_two_runs_in_one_folder_are_refused(undisturbed):
+    config = Config(**SMALL, steps=200, device="cpu", runs=str(undisturbed.parent))
+    with dreamer.FileLock(undisturbed / ".lock"):
+        with pytest.raises(OSError, match="could not be acquired"):
+            train(config, undisturbed)
+
+
+def test_memory_that_the_machine_has_not_got_is_refused_at_the_start(tmp_path):
+    with pytest.raises(DreamerError, match="needs? .* GB .*lower --capacity"):
+        train(Config(capacity=10**9, steps=10**9, runs=str(tmp_path / "r")))
+    assert not (tmp_path / "r").exists()
+
+
+# Section 5: self-evaluation metrics
+def test_correlation_is_pearsons_and_absent_without_variance():
+    x = torch.tensor([1.0, 2.0, 4.0, 3.0])
+    assert dreamer.correlation(x, 3 * x - 7) == pytest.approx(1)
+    assert dreamer.correlation(x, -x) == pytest.approx(-1)
+    y = torch.tensor([2.0, 1.0, 3.0, 3.0])
+    assert dreamer.correlation(x, y) == pytest.approx(np.corrcoef(x, y)[0, 1])
+    assert np.isnan(dreamer.correlation(x, torch.full((4,), 0.1)))
+    assert np.isnan(dreamer.correlation(x[:0], x[:0]))
+
+
+def test_frechet_distance_of_gaussians_is_known():
+    x = torch.randn(400, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = x - x.mean(0)
+    x = x @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T  # covariance 1, mean 0
+    shift, scale = torch.tensor([1.0, 2, 0, 0, 0]), torch.tensor([1.0, 1, 1, 1, 3])
+    assert dreamer.frechet_distance(x, x) == pytest.approx(0, abs=1e-6)
+    assert dreamer.frechet_distance(x, x + shift) == pytest.approx(5)
+    assert dreamer.frechet_distance(x, scale * x + shift) == pytest.approx(5 + (3 - 1) ** 2)
+
+
+class Perfect:
+    """An agent whose model knows the Counting environment: h is the time, the frame is 10 h."""
+
+    LENGTH, V = 8, 2.0
+
+    def __init__(self, horizon=5):
+        self.config = Config(horizon=horizon, gamma=0.9, device="cpu")
+        self.actor = lambda feat: OneHotCategorical(logits=torch.zeros(*feat.shape[:-1], 3))
+        self.critic = lambda feat: torch.full(feat.shape[:-1], self.V)
+        self.world_model = self.rssm = self
+        self.encoder = lambda obs: obs[..., 0, 0, :1] / 10.0
+        self.decoder = lambda feat: (feat[..., :1, None, None] * 10 / 255).expand(
+            *feat.shape[:-1], 64, 64, 3)
+
+    def observe(self, embed, prev_action, is_first):
+        return embed, torch.zeros_like(embed), None, None
+
+    def img_step(self, h, z, action):
+        return h + 1, z
+
+    def predict(self, feat):
+        return feat[..., 0], (feat[..., 0] != self.LENGTH).float()
+
+    def prior_entropy(self, h):
+        return torch.full(h.shape[:-1], 0.25)
+
+
+def counting_rows(ends_by="terminated", episodes=12):
+    gym.register("Eight-v0", Counting, kwargs={"length": Perfect.LENGTH, "ends_by": ends_by})
+    env, rows = PixelEnv("Eight-v0"), []
+    for seed in range(episodes):
+        rows += [row for row, _ in play(env, lambda o, s: (env.action_space.sample(), s), seed)]
+    replay = ReplayBuffer(len(rows), 3)
+    for row in rows:
+        replay.add(row)
+    return replay.rows
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_perfect_model_has_correlation_one_and_no_error():
+    rows, H, pixels = counting_rows(), 5, 64 * 64 * 3
+    metrics = dreamer.dream_metrics(Perfect(H), rows, 18)
+    assert metrics["reward_rho"] == pytest.approx(1) and metrics["return_rho"] == pytest.approx(1)
+    frames = np.arange(9) * 10 / 255
+    for k in (1, 5):
+        assert metrics[f"reward_error_{k}"] == pytest.approx(0, abs=1e-6)
+        assert metrics[f"pixel_error_{k}"] == pytest.approx(0, abs=1e-3)
+        repeat = pixels * (k * 10 / 255) ** 2
+        assert metrics[f"pixel_error_repeat_{k}"] == pytest.approx(repeat, rel=1e-4)
+    # Starts are every second of times 0 to 7, so that times 1, 3, 5, 7 and 5, 7 are reached
+    for k, times in ((1, [1, 3, 5, 7]), (5, [5, 7])):
+        expected = pixels * np.mean((frames[times] - frames.mean()) ** 2)
+        assert metrics[f"pixel_error_mean_{k}"] == pytest.approx(expected, rel=1e-4)
+    assert metrics["reward_error_15"] == 0  # all have ended: nothing is alive, in both
+    assert np.isnan(metrics["pixel_error_15"])  # and there is no frame
+    assert metrics["policy_entropy"] == pytest.approx(np.log(3))
+    assert metrics["trajectory_entropy"] == pytest.approx(H * (np.log(3) + 0.25))
+    assert metrics["latent_entropy"] == pytest.approx(0.25)
+    came = [sum(0.9**i * r for i, r in enumerate(range(t + 1, 9))) for t in range(8)]
+    assert metrics["value_real"] == pytest.approx(np.mean(came), rel=1e-5)
+    assert metrics["value_error"] == pytest.approx(np.mean(np.abs(np.subtract(came, 2))), rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_where_a_time_limit_cuts_nothing_is_assumed_and_the_critic_stands_in():
+    agent, rows = Perfect(5), counting_rows("truncated")
+    agent.LENGTH = 100  # the model knows no end
+    metrics = dreamer.dream_metrics(agent, rows, 18)
+    assert metrics["reward_rho"] == pytest.approx(1)  # with zeros after the cut it would not be
+    assert np.isnan(metrics["reward_error_15"])
+    came = [sum(0.9**i * r for i, r in enumerate(range(t + 1, 9))) + 0.9 ** (8 - t) * 2
+            for t in range(8)]
+    assert metrics["value_real"] == pytest.approx(np.mean(came), rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_shuffled_rewards_have_no_correlation():
+    rows = dict(counting_rows(episodes=200))
+    order = torch.randperm(1800, generator=torch.Generator().manual_seed(0))
+    rows["reward"] = rows["reward"][order]
+    metrics = dreamer.dream_metrics(Perfect(1), rows, 18)
+    assert abs(metrics["reward_rho"]) < 0.1
+
+
+def test_a_model_that_sees_no_end_has_the_rewards_after_it_wrong():
+    agent, rows = Perfect(5), counting_rows()
+    agent.LENGTH = 100
+    metrics = dreamer.dream_metrics(agent, rows, 18)
+    assert metrics["reward_rho"] < 0.5
+    # Starts at 0, 2, 4, 6 and five steps: 5 and 7 are right, 9 and 11 come after the end
+    assert metrics["reward_error_5"] == pytest.approx((9 + 11) / 4)
+
+
+def test_entropy_of_a_uniform_prior_is_known(agent):
+    for p in agent.world_model.rssm.prior_net[-1].parameters():
+        p.data.zero_()
+    entropy = agent.world_model.rssm.prior_entropy(torch.randn(7, D))
+    assert torch.allclose(entropy, torch.full((7,), S * np.log(K)))
+
+
+def test_held_out_rows_are_of_unseen_seeds_and_their_number_is_fixed(tmp_path, monkeypatch):
+    agent = Agent(gym.spaces.Discrete(2), Config(**SMALL))
+    seeds, sizes = [], []
+    monkeypatch.setattr(
+        dreamer, "play", lambda env, act, seed: seeds.append(seed) or play(env, act, seed))
+    monkeypatch.setattr(dreamer, "dream_metrics", lambda agent, rows, by_policy, folder:
+                        sizes.append((len(rows["obs"]), by_policy)) or {})
+    evaluate(agent, 30, seed=0)
+    assert sizes == [(160, 80)] and len(set(seeds)) == len(seeds) > 30
+    assert all(seed % 2 == 1 for seed in seeds)
+
+
+class Still(Counting):
+    def step(self, action):
+        obs, _, *rest = super().step(action)
+        return obs, 1.0, *rest
+
+
+gym.register("Still-v0", Still, kwargs={"ends_by": "truncated"})
+
+
+def test_a_correlation_that_does_not_exist_is_left_out_and_said(capsys):
+    metrics = evaluate(Agent(gym.spaces.Discrete(3, start=5), Config(**SMALL, env="Still-v0")), 2)
+    assert "eval/reward_rho" not in metrics and "eval/latent_entropy" in metrics
+    assert all(np.isfinite(value) for value in metrics.values())
+    assert "not defined on these episodes: reward_rho, return_rho" in capsys.readouterr().err
+
+
+def test_pictures_show_five_frames_seen_and_forty_five_dreamed(undisturbed):
+    with Image.open(undisturbed / "dream.gif") as film:
+        assert film.n_frames == 50 and film.size == (512, 400)
+        bars = []
+        for t in range(50):
+            film.seek(t)
+            bars.append(film.convert("RGB").getpixel((500, 3)))
+    assert len(set(bars[:5])) == 1 and len(set(bars[5:])) == 1 and bars[4] != bars[5]
+    assert (undisturbed / "latents.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.fixture
+def dream():
+    torch.manual_seed(0)
+    return dreamer.DreamEnv(Agent(gym.spaces.Discrete(2), Config(**SMALL)))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_dream_is_an_environment_like_any_other(dream):
+    check_env(dream, skip_render_check=True)
+    env = gym.wrappers.RecordEpisodeStatistics(gym.wrappers.TimeLimit(dream, 20))
+    for seed in range(3):
+        obs, _ = env.reset(seed=seed)
+        total, steps, over = 0.0, 0, False
+        while not over:
+            obs, reward, terminated, truncated, info = env.step(env.action_space.sample())
+            total, steps, over = total + reward, steps + 1, terminated or truncated
+        assert info["episode"]["r"] == pytest.approx(total) and info["episode"]["l"] == steps
+        assert np.array_equal(obs, env.render())
+
+
+def test_a_dream_step_is_prior_reward_head_continue_head_and_decoder(dream):
+    first, _ = dream.reset(seed=1)
+    model, frame = dream.agent.world_model, dream.real.pixels()
+    assert np.array_equal(frame, PixelEnv("CartPole-v1").reset(seed=1)[0])  # a real first frame
+    h = model.rssm.recur(dream.h, dream.z, torch.tensor([[0.0, 1.0]]))
+    model.cont_head[-1].weight.data.zero_()
+    model.cont_head[-1].bias.data.fill_(-20.0)  # the end, for certain
+    obs, reward, terminated, truncated, _ = dream.step(1)
+    assert torch.allclose(dream.h, h) and terminated and not truncated
+    feat = torch.cat([dream.h, dream.z], -1)
+    assert reward == model.reward_head(feat).item()
+    assert np.array_equal(obs, (model.decoder(feat)[0].detach() * 255).byte().numpy())
+    model.cont_head[-1].bias.data.fill_(20.0)
+    assert not any(dream.step(0)[2] for _ in range(10))
+    assert np.array_equal(frame, dream.real.pixels())  # and the real environment has not moved
+
+
+def test_playing_takes_arrow_keys_else_the_agent_and_closes(dream, monkeypatch, tmp_path):
+    monkeypatch.setattr(dreamer, "HEADLESS", False)
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    taken = []
+
+    class Watched(dreamer.SideBySide):
+        def step(self, action):
+            taken.append(action)
+            assert self.render().shape == (64, 128, 3)
+            key, kind = [(pygame.K_RIGHT, pygame.KEYDOWN), (pygame.K_RIGHT, pygame.KEYUP),
+                         (pygame.K_LEFT, pygame.KEYDOWN), (pygame.K_ESCAPE, pygame.KEYDOWN)][
+                             min(len(taken) - 1, 3)]
+            pygame.event.post(pygame.event.Event(kind, key=key))
+            return super().step(action)
+
+    monkeypatch.setattr(dreamer, "SideBySide", Watched)
+    dreamer.play_dream(dream.agent)
+    assert taken == [None, 1, None, 0] and not pygame.display.get_init()
+
+
+def test_playing_without_a_screen_is_refused(undisturbed, monkeypatch, capsys):
+    monkeypatch.setattr(dreamer, "HEADLESS", True)
+    assert dreamer.main(["--play", str(undisturbed)]) == 2
+    assert "needs a screen" in capsys.readouterr().err
+
+
+def test_json_holds_every_metric_of_the_section(undisturbed, capsys):
+    assert dreamer.main(["--eval", str(undisturbed), "--episodes", "2", "--json"]) == 0
+    metrics = json.loads(capsys.readouterr().out)
+    assert metrics == evaluate(load_agent(undisturbed, "cpu"), 2, 0)
+    assert {"eval/return", "eval/return_rho", "eval/latent_fid", "eval/value_error"} <= set(metrics)
+
+
+def test_init_from_loads_what_is_there_and_names_what_does_not_fit(tmp_path, agent, capsys):
+    torch.manual_seed(1)
+    other = Agent(gym.spaces.Discrete(A), Config(**SMALL))
+    encoder, rssm = other.world_model.encoder, other.world_model.rssm
+    actor = dict(other.actor.state_dict(), extra=torch.zeros(1))
+    torch.save({"encoder": encoder.state_dict(), "rssm": rssm.state_dict(), "actor": actor,
+                "step": 3}, tmp_path / "two.pt")
+    before = snapshot(agent.actor)
+    dreamer.init_from(agent, str(tmp_path / "two.pt"))
+    output = capsys.readouterr().out.splitlines()
+    assert [line.split(": ", 1)[1] for line in output[:3]] == [
+        "encoder is loaded", "rssm is loaded", "decoder is not in it"]
+    assert any("actor does not fit" in line and "extra" in line for line in output)
+    assert not changed(agent.actor, before)
+    for mine, theirs in ((agent.world_model.encoder, encoder), (agent.world_model.rssm, rssm)):
+        assert not changed(mine, snapshot(theirs))
+    torch.save(other.critic.state_dict(), tmp_path / "critic.pt")  # the weights of one part alone
+    dreamer.init_from(agent, str(tmp_path / "critic.pt"))
+    assert "critic is loaded" in capsys.readouterr().out
+    assert not changed(agent.critic, snapshot(other.critic))
+    assert not changed(agent.slow_critic, snapshot(other.critic))
+
+
+def test_a_run_starts_from_another_runs_weights(undisturbed, tmp_path, capsys):
+    config = Config(**SMALL, steps=1, runs=str(tmp_path), init_from=str(undisturbed))
+    folder = train(config)
+    assert capsys.readouterr().out.count("is loaded") == 7
+    theirs = weights_of(undisturbed)
+    for name, x in weights_of(folder).items():
+        if name != "return_range" and "slow" not in name:
+            assert torch.equal(x, theirs[name]), name
 
 
 # And all of it together
@@ -799,7 +1295,7 @@ def test_it_learns_to_walk_the_corridor_from_pixels(tmp_path):
     config = Config(
         env="Corridor-v0", steps=1_000, prefill=400, pretrain=100, train_ratio=48, batch_size=8,
         batch_length=8, horizon=8, depth=2, hidden=32, groups=8, classes=8, units=64,
-        capacity=2_000, entropy=1e-2, actor_lr=1e-3, critic_lr=1e-3, eval_every=1_000,
+        capacity=2_000, entropy=1e-2, eval_every=1_000,
         runs=str(tmp_path))
     env = PixelEnv("Corridor-v0")
 
