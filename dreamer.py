@@ -17,7 +17,6 @@ Time      row t : prev_action a_{t-1} | obs o_t | reward r_t | terminated_t | is
           o_t, r_t and c_t = 1 - terminated_t are predicted from (h_t, z_t).
           The action in row t is the one that led to o_t. The first row of an episode has a zero
           action, zero reward and is_first; its last frame has a row of its own.
-          (The papers call h deter and z stoch.)
 
 Gradient of           reaches    encoder, RSSM, decoder, heads    actor    critic
 world model loss                              yes                   -        -
@@ -28,7 +27,7 @@ critic loss                                    -                    -       yes
 # %% [markdown]
 # # Section 1: Setup
 # The pixel environment, the parts of the world model, the actor, the critic and the replay buffer.
-# Encoder and RSSM, which earlier lessons build, are written out in 1.4 and 1.5.
+# The papers call h deter and z stoch.
 #
 # - Eq. 1.1, recurrent state: `h_t = f(h_{t-1}, z_{t-1}, a_{t-1})`, the memory of the episode
 # - Eq. 1.2, posterior: `z_t ~ q(z | h_t, o_t)`, what the frame adds to the memory
@@ -40,8 +39,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import gzip
 import inspect
-import io
 import itertools
 import json
 import os
@@ -82,7 +81,6 @@ class DreamerError(Exception):
 @dataclass
 class Config:
     """The options of a run, and of the command line; DreamerError for a number out of its range."""
-
     env: str = "CartPole-v1"  # Gymnasium id; module:Id imports the module first
     seed: int = 0  # seed of weights, actions, batches and episodes
     steps: int = 10_000  # environment steps of the run, as the agent counts them
@@ -104,7 +102,7 @@ class Config:
     classes: int = 8  # K, classes of each of them
     units: int = 128  # width of the hidden layers of every MLP
     unimix: float = 0.01  # share of the uniform distribution in prior and posterior
-    free_nats: float = 1.0  # KL of a step, in nats, below which it is not penalised
+    free_nats: float = 0.1  # KL of a step, in nats, below which it is not penalised
     scale_recon: float = 1.0  # weight of the reconstruction loss
     scale_reward: float = 1.0  # weight of the reward loss
     scale_cont: float = 1.0  # weight of the continue loss
@@ -131,10 +129,11 @@ class Config:
         if self.device not in ("auto", "cpu", best):
             raise DreamerError(f"there is no device {self.device} here; --device auto takes {best}")
         self.device = best if self.device == "auto" else self.device
-        for name, value in asdict(self).items():
-            low = 1 if isinstance(value, int) and name not in ("seed", "pretrain") else 0
+        numbers = {k: v for k, v in asdict(self).items() if not isinstance(v, str)}
+        for name, value in numbers.items():
+            low = int(isinstance(value, int) and name not in ("seed", "pretrain"))
             high = 1 if name in ("unimix", "gamma", "lam", "slow_rate", "return_rate") else 1e9
-            if not isinstance(value, str) and not low <= value <= high:  # catches nan, too
+            if not low <= value <= high:  # catches nan, too
                 raise DreamerError(f"{name} has to be between {low} and {high:.0f}, not {value}")
         if self.batch_length > min(self.prefill, self.capacity) or self.gamma == 0:
             raise DreamerError("prefill and capacity must reach batch_length, and gamma exceed 0")
@@ -183,7 +182,6 @@ def init_weights(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 def dense(inputs: int, units: int) -> nn.Sequential:
-    """Linear layer, layer norm, SiLU."""
     return nn.Sequential(nn.Linear(inputs, units), nn.LayerNorm(units), nn.SiLU())
 
 def mlp(inputs: int, units: int, layers: int, outputs: int, outscale: float = 1.0) -> nn.Sequential:
@@ -199,7 +197,6 @@ class PixelEnv(gym.Env):
     rendered frame averaged over areas. Actions are the environment's own if Discrete; in [-1, 1],
     clipped and rescaled, if Box; repeated `action_repeat` times, with their rewards summed.
     Raises DreamerError for an unknown id, an environment without pixels, other action spaces."""
-
     metadata, render_mode = {"render_modes": ["rgb_array"]}, "rgb_array"
 
     def __init__(self, env_id: str, size: int = 64, action_repeat: int = 1):
@@ -214,8 +211,8 @@ class PixelEnv(gym.Env):
                 raise ValueError("its actions are neither Discrete nor a bounded Box")
         except Exception as error:  # whatever an environment raises
             raise DreamerError(f"--env {env_id}: {error}") from error
-        self.action_space, self.render, self.close = (
-            self.env.action_space, self.env.render, self.env.close)
+        self.action_space, self.render = self.env.action_space, self.env.render
+        self.close = self.env.close
         self.observation_space = gym.spaces.Box(0, 255, (size, size, 3), np.uint8)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
@@ -246,13 +243,11 @@ class PixelEnv(gym.Env):
 # %% 1.4 CNN encoder and decoder
 class ChannelNorm(nn.LayerNorm):
     """Layer norm over the channels of [N, C, H, W], whose memory is channels-last."""
-
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 class Encoder(nn.Module):
     """Frames uint8 [..., 64, 64, 3] -> embeddings [..., E], E = 128 * depth."""
-
     def __init__(self, depth: int):
         super().__init__()
         a, b, c = 2 * depth, 4 * depth, 8 * depth
@@ -269,7 +264,6 @@ class Encoder(nn.Module):
 
 class Decoder(nn.Module):
     """Features [..., F] -> mean frames [..., 64, 64, 3] in [0, 1]."""
-
     def __init__(self, feat_size: int, depth: int):
         super().__init__()
         a, b, c = 2 * depth, 4 * depth, 8 * depth
@@ -291,7 +285,6 @@ def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
 
 class RSSM(nn.Module):
     """Recurrent state-space model (PlaNet, arXiv:1811.04551) with categorical z (DreamerV2)."""
-
     def __init__(self, embed_size: int, action_size: int, config: Config):
         super().__init__()
         self.hidden, self.groups, self.classes = config.hidden, config.groups, config.classes
@@ -361,7 +354,6 @@ class RSSM(nn.Module):
 # %% 1.6 Head for rewards and values
 class TwoHotHead(nn.Module):
     """Features [..., F] -> a number [...] of any size, 0 at first: a distribution over 255 bins."""
-
     def __init__(self, feat_size: int, units: int, layers: int):
         super().__init__()
         self.net = mlp(feat_size, units, layers, 255, outscale=0.0)
@@ -379,7 +371,6 @@ class TwoHotHead(nn.Module):
 class Actor(nn.Module):
     """Features [..., F] -> distribution over actions [..., A]. Discrete: one-hot categorical;
     Box: normal, mean in (-1, 1), deviation in (0.1, 1)."""
-
     def __init__(self, feat_size: int, action_space: gym.Space, units: int):
         super().__init__()
         self.discrete = isinstance(action_space, gym.spaces.Discrete)
@@ -399,17 +390,13 @@ class Critic(TwoHotHead):
 # %% 1.8 Replay buffer
 class ReplayBuffer:
     """The last `capacity` rows in the order in which they came; frames stay uint8, 12 kB each."""
-
     def __init__(self, capacity: int, action_size: int):
         self.capacity, self.size, self.cursor = capacity, 0, 0  # cursor: where the next row goes
-        self.rows = {
-            # NumPy's zeros, unlike PyTorch's, take memory only when a row is first written
-            "obs": torch.from_numpy(np.zeros((capacity, 64, 64, 3), np.uint8)),
-            "prev_action": torch.zeros(capacity, action_size),
-            "reward": torch.zeros(capacity),
-            "terminated": torch.zeros(capacity, dtype=torch.bool),
-            "is_first": torch.zeros(capacity, dtype=torch.bool),
-        }
+        kinds = {"obs": ((64, 64, 3), np.uint8), "prev_action": ((action_size,), np.float32),
+                 "reward": ((), np.float32), "terminated": ((), bool), "is_first": ((), bool)}
+        # NumPy's zeros, unlike PyTorch's, take memory only when a row is first written
+        self.rows = {name: torch.from_numpy(np.zeros((capacity, *shape), kind))
+                     for name, (shape, kind) in kinds.items()}
 
     def add(self, row: dict[str, Any]) -> None:
         for name, value in row.items():
@@ -421,8 +408,7 @@ class ReplayBuffer:
         """[B, T, ...] windows of consecutive rows, uniform over where they can start. They run
         across episodes (is_first marks it), but never from the newest row to the oldest."""
         start = torch.randint(self.size - length + 1, (batch_size, 1))
-        oldest = self.cursor - self.size
-        index = (oldest + start + torch.arange(length)) % self.capacity
+        index = (self.cursor - self.size + start + torch.arange(length)) % self.capacity
         return {name: rows[index].to(device) for name, rows in self.rows.items()}
 
 # %% [markdown]
@@ -441,7 +427,6 @@ class ReplayBuffer:
 # %% 2.1 World model loss
 class WorldModel(nn.Module):
     """Encoder, RSSM, decoder, reward and continue heads: all that learns from real rows."""
-
     def __init__(self, action_size: int, config: Config):
         super().__init__()
         self.config = config
@@ -597,7 +582,6 @@ def update_behavior(agent: Agent, h: Tensor, z: Tensor) -> Named:
 # %% 4.1 Acting
 class Agent(nn.Module):
     """All that learns: world model, actor, critic, its slow copy, and the range of returns."""
-
     def __init__(self, action_space: gym.Space, config: Config):
         super().__init__()
         self.config, self.action_space = config, action_space
@@ -661,7 +645,6 @@ def play(
 # %% 4.3 A run
 class Run:
     """A training run: `progress`, and what else `save` writes, is all that there is of it."""
-
     progress = ("step", "updates", "episodes", "past", "rewards", "state", "values", "lines", "age")
 
     def __init__(self, config: Config, folder: Path):
@@ -738,26 +721,39 @@ class Run:
         draw_curves(self.lines, self.folder / "curves.png")
 
     def save(self) -> None:
-        write_checkpoint(self.folder, self.replay, {
-            "config": asdict(self.config), "agent": self.agent.state_dict(),
-            "optimizers": {k: x.state_dict() for k, x in self.agent.optimizers.items()},
-            "random": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
-            "progress": {name: getattr(self, name) for name in self.progress}})
+        """checkpoint.pt.gz, written beside and renamed when whole; the one before stays with it."""
+        size, new, path = self.replay.size, self.folder / "new.pt.gz", self.folder / CHECKPOINTS[0]
+        rows = {name: x.numpy()[:size] for name, x in self.replay.rows.items()}  # shares its memory
+        with gzip.open(new, "wb", compresslevel=1) as file:
+            torch.save({
+                "config": asdict(self.config), "agent": self.agent.state_dict(),
+                "optimizers": {k: x.state_dict() for k, x in self.agent.optimizers.items()},
+                "random": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
+                "progress": {name: getattr(self, name) for name in self.progress},
+                "rows": {name: torch.from_numpy(x) for name, x in rows.items()},
+                "replay": {"size": size, "cursor": self.replay.cursor}}, file)
+        if path.exists():
+            path.replace(self.folder / CHECKPOINTS[1])
+        new.replace(path)
 
     def load(self) -> None:
         """Go on from the checkpoint in the folder; from the start if none was written yet."""
-        if not any(self.folder.glob("checkpoint*.npz")):
+        if not any((self.folder / name).exists() for name in CHECKPOINTS):
             return
-        for name, value in read_checkpoint(self.folder)["config"].items():
+        state = read_checkpoint(self.folder)
+        for name, value in state["config"].items():
             if name != "steps" and value != getattr(self.config, name):
                 raise DreamerError(f"{name} was {value}, and cannot change when a run is resumed")
-        state = read_checkpoint(self.folder, self.replay)
         self.agent.load_state_dict(state["agent"])
         for name, optimizer in self.agent.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
+        for name, x in state["rows"].items():
+            self.replay.rows[name][: len(x)] = x
+        vars(self.replay).update(state["replay"])
+        vars(self).update(state["progress"])
+        self.state = self.state and tuple(x.to(self.config.device) for x in self.state)
         torch.set_rng_state(state["random"][0])
         torch.cuda.set_rng_state_all(state["random"][1:])
-        vars(self).update(state["progress"])
         lines = "".join(json.dumps(line) + "\n" for line in self.lines)
         (self.folder / "metrics.jsonl").write_text(lines)  # without those after the checkpoint
 
@@ -767,12 +763,29 @@ class Run:
             raise KeyboardInterrupt
         self.signal = number
 
-# %% 4.4 Training
-def updates_due(step: int, config: Config) -> int:
-    """How many updates a run has made after this many environment steps."""
-    ratio = config.train_ratio / (config.batch_size * config.batch_length)
-    return 0 if step < config.prefill else config.pretrain + int(ratio * (step - config.prefill))
+    def loop(self) -> None:
+        """Act, update, report, until all steps are made or a signal comes."""
+        saved, config = time.monotonic(), self.config
+        ratio = config.train_ratio / (config.batch_size * config.batch_length)  # updates in a step
+        while True:
+            due = config.pretrain + int(ratio * (self.step - config.prefill))
+            behind = self.step >= config.prefill and self.updates < due
+            finished = self.step >= config.steps and not behind
+            if self.signal or finished or time.monotonic() > saved + config.save_every:
+                self.save()  # the one place where a run stops, and so the one from which it goes on
+                saved = time.monotonic()
+            if self.signal:
+                return
+            if behind:
+                self.update()
+                continue
+            if self.step:
+                self.report(finished)
+            if finished:
+                return
+            self.environment_step()
 
+# %% 4.4 Training
 def train(config: Config, resume: str | Path | None = None) -> Path:
     """Train from scratch, or go on with the run in the folder `resume`; returns the run's folder.
     The same config gives the same metrics (times aside) on the same CPU and number of threads, no
@@ -789,7 +802,7 @@ def train(config: Config, resume: str | Path | None = None) -> Path:
     run = Run(config, folder)
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(FileLock(folder / ".lock", timeout=0))  # one process at a time
+        stack.enter_context(FileLock(folder / "in-use.lock", timeout=0))  # one process at a time
         if resume:
             run.load()
         elif config.init_from:
@@ -800,59 +813,24 @@ def train(config: Config, resume: str | Path | None = None) -> Path:
             stack.callback(signal.signal, number, signal.signal(number, run.stop))
         run.bar = stack.enter_context(tqdm(
             total=config.steps, unit="step", miniters=0, mininterval=0.5, dynamic_ncols=True))
-        finished, saved = False, time.monotonic()
-        while not finished:
-            behind = run.updates < updates_due(run.step, config)
-            finished = run.step >= config.steps and not behind
-            if run.signal or finished or time.monotonic() > saved + config.save_every:
-                run.save()  # the one place where a run can stop, and the one from which it goes on
-                saved = time.monotonic()
-            if run.signal:
-                draw_curves(run.lines, folder / "curves.png")
-                break
-            if behind:
-                run.update()
-            else:
-                if run.step:
-                    run.report(finished)
-                if not finished:
-                    run.environment_step()
-    if not run.signal:
-        return folder
-    print(f"stopped at step {run.step} of {config.steps}, and saved; to go on: "
-          f"python dreamer.py --resume {folder}", file=sys.stderr)
-    raise SystemExit(128 + run.signal)
+        run.loop()
+    if run.signal:
+        draw_curves(run.lines, folder / "curves.png")
+        print(f"stopped at step {run.step} of {config.steps}, and saved; to go on: "
+              f"python dreamer.py --resume {folder}", file=sys.stderr)
+        raise SystemExit(128 + run.signal)
+    return folder
 
 # %% 4.5 Files and curves
-def write_checkpoint(folder: Path, replay: ReplayBuffer, state: dict) -> None:
-    """checkpoint.npz: `state` and the replay buffer's rows, packed, with checksums. It is written
-    under another name and renamed when whole; the one before stays as checkpoint-before.npz."""
-    new, path, buffer = folder / "checkpoint.new", folder / "checkpoint.npz", io.BytesIO()
-    torch.save(state | {"replay": (replay.size, replay.cursor)}, buffer)
-    rows = {name: values[: replay.size].numpy() for name, values in replay.rows.items()}
-    with open(new, "wb") as file:
-        np.savez_compressed(file, state=np.frombuffer(buffer.getbuffer(), np.uint8), **rows)
-        os.fsync(file.fileno())  # on the disk before the name is
-    if path.exists():
-        path.replace(folder / "checkpoint-before.npz")
-    new.replace(path)
+CHECKPOINTS = "checkpoint.pt.gz", "checkpoint-before.pt.gz"
 
-def read_checkpoint(path: str | Path, replay: ReplayBuffer | None = None) -> dict:
-    """The state in a checkpoint file or a run's folder, where a damaged file is passed over for
-    the one before; its rows into `replay`. Runs no code from it; DreamerError if none is whole."""
+def read_checkpoint(path: str | Path) -> dict:
+    """A checkpoint file, or the newest in a run's folder that is whole: gzip's checksum tells.
+    Runs no code from the file. Raises DreamerError if there is none."""
     path, problems = Path(path), []
-    names = ("checkpoint.npz", "checkpoint-before.npz") if path.is_dir() else ("",)
-    for file in (path / name for name in names):
+    for file in [path / name for name in CHECKPOINTS] if path.is_dir() else [path]:
         try:
-            with np.load(file) as saved:
-                if damaged := saved.zip.testzip():  # compares all checksums
-                    raise ValueError(f"{damaged} is damaged")
-                buffer = io.BytesIO(saved["state"])
-                state = torch.load(buffer, map_location="cpu", weights_only=True)
-                if replay:
-                    replay.size, replay.cursor = state["replay"]
-                    for name, values in replay.rows.items():
-                        values[: replay.size] = torch.from_numpy(saved[name])
+            state = torch.load(gzip.open(file), map_location="cpu", weights_only=True)
             if problems:
                 print(f"{problems[0]}; took {file} in its place", file=sys.stderr)
             return state
@@ -932,47 +910,43 @@ def draw_curves(lines: list[dict], path: Path) -> None:
 #   dreamed (h_H, z_H): the lesson's FID with the agent's own features, for want of a pretrained net
 # - Eq. 5.7 `value_error = mean |v_t - (r_{t+1} + gamma r_{t+2} + ...)|`, rewards that really came
 
-# %% 5.1 Held-out episodes
+# %% 5.1 Evaluation on unseen seeds
 def evaluate(
     agent: Agent, episodes: int = 20, seed: int = 0, folder: Path | None = None
 ) -> dict[str, float]:
-    """The metrics of Section 5 as `eval/...`, without those that are not defined. Returns are sums
-    of rewards of `episodes` unseen episodes with the most likely actions. The rest is measured on
-    `held_out` rows, one half of these episodes, one of such in which random actions take over.
-    Draws dream.gif and latents.png into `folder`. Leaves the random state as it was."""
+    """The metrics of this section as `eval/...`, without those that are not defined. Returns are
+    sums of rewards of `episodes` unseen episodes, played with the most likely actions. The others
+    need `held_out` rows: half of them from these episodes, half from more of the kind, in which
+    random actions take over. Draws pictures into `folder`. Leaves the random state as it was."""
     if episodes < 1:
         raise DreamerError(f"episodes has to be at least 1, not {episodes}")
-    config, more = agent.config, itertools.count(episodes)
-    env = PixelEnv(config.env, action_repeat=config.action_repeat)
-    held_out = ReplayBuffer(config.held_out, agent.action_size)
+    env, returns = PixelEnv(agent.config.env, action_repeat=agent.config.action_repeat), []
+    held_out, policy_rows = ReplayBuffer(agent.config.held_out, agent.action_size), 0
 
     def policy_then_random(obs: np.ndarray, state: Any) -> tuple:
         if state == "random" or torch.rand(()) < 0.02:  # after 50 steps, on average
             return env.action_space.sample(), "random"
         return agent.act(obs, state)
 
-    def episode(act: Callable, number: int, rows: int) -> float:
-        total = 0.0
-        for row, _ in play(env, act, episode_seed(seed, number, evaluation=True)):
-            total += row["reward"]
-            if held_out.size < rows:
-                held_out.add(row)
-        return total
-
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
+    bar = tqdm(total=episodes, desc="evaluation", unit="episode", leave=False)
+    with bar, torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        bar = tqdm(range(episodes), desc="evaluation", unit="episode", leave=False)
-        returns = [episode(agent.act, number, config.held_out // 2) for number in bar]
-        by_policy = held_out.size
-        while held_out.size < config.held_out:
-            episode(policy_then_random, next(more), config.held_out)
-        rows = {name: values.to(config.device) for name, values in held_out.rows.items()}
-        metrics = dream_metrics(agent, rows, by_policy, folder)
+        while (number := len(returns)) < episodes or held_out.size < held_out.capacity:
+            by_policy = number < episodes
+            act = agent.act if by_policy else policy_then_random
+            returns.append(0.0)
+            for row, _ in play(env, act, episode_seed(seed, number, evaluation=True)):
+                returns[-1] += row["reward"]
+                if held_out.size < held_out.capacity // (1 + by_policy):
+                    held_out.add(row)
+            policy_rows = held_out.size if by_policy else policy_rows
+            bar.update()
+        metrics = dream_metrics(agent, held_out.rows, policy_rows, folder)
     env.close()
     if missing := [name for name, value in metrics.items() if not np.isfinite(value)]:
         tqdm.write(f"not defined on these episodes: {', '.join(missing)}", sys.stderr)
     for name, statistic in {"": np.mean, "_std": np.std, "_min": np.min, "_max": np.max}.items():
-        metrics[f"return{name}"] = float(statistic(returns))
+        metrics[f"return{name}"] = float(statistic(returns[:episodes]))
     return {f"eval/{name}": metrics[name] for name in metrics if name not in missing}
 
 # %% 5.2 Dreamed against real
@@ -999,24 +973,34 @@ def dream_along(agent: Agent, rows: Named, h: Tensor, z: Tensor, start: Tensor, 
     feat, _ = imagine(agent.world_model, agent.actor, h[start], z[start], K, actions)
     return feat, row, lasted & (episode[row] == episode[start])
 
+def value_and_return(agent: Agent, rows: Named, feat: Tensor) -> Tensors:
+    """Eq. 5.7: critic's values and the returns that came [.], of rows [P,...] that the policy made.
+    Where a time limit ended an episode, the value of its last state stands for what is not seen."""
+    first, value = rows["is_first"][: len(feat)], agent.critic(feat)
+    reward = torch.where(first, value.roll(1), rows["reward"][: len(feat)])  # handed on at a border
+    cont = (~first & ~rows["terminated"][: len(feat)]).float()
+    came = lambda_return(reward, value, cont, agent.config.gamma, lam=1.0)
+    return value[:-1][~first[1:]], came[~first[1:]]
+
 @torch.no_grad()
 def dream_metrics(
-    agent: Agent, rows: Named, by_policy: int, folder: Path | None = None
+    agent: Agent, rows: Named, policy_rows: int, folder: Path | None = None
 ) -> dict[str, float]:
-    """Eq. 5.1 to 5.7 on held-out rows [L,...], of which the first `by_policy` are the policy's."""
-    model, H, gamma, metrics = agent.world_model, agent.config.horizon, agent.config.gamma, {}
-    obs, reward, ends, first = (rows[k] for k in ("obs", "reward", "terminated", "is_first"))
-    sequence = model.encoder(obs)[None], rows["prev_action"][None], first[None]  # [1,L,...]
-    h, z, _, _ = model.rssm.observe(*sequence)
+    """Eq. 5.1 to 5.7 on held-out rows [L,...]; the first `policy_rows` are the policy's alone."""
+    model, H, metrics = agent.world_model, agent.config.horizon, {}
+    rows = {name: values.to(agent.config.device) for name, values in rows.items()}
+    obs, ends, episode = rows["obs"], rows["terminated"], rows["is_first"].cumsum(0)  # [L,...]
+    sequence = model.encoder(obs)[None], rows["prev_action"][None], rows["is_first"][None]
+    h, z, _, _ = model.rssm.observe(*sequence)  # [1,L,D], [1,L,S*K]
     h, z, feat = h[0], z[0], torch.cat([h, z], -1)[0]  # [L,D], [L,S*K], [L,F]
-    start, episode = (~ends).nonzero()[::2, 0], first.cumsum(0)  # [N], [L]
+    start = (~ends).nonzero()[::2, 0]  # [N]
     dream, row, lasted = dream_along(agent, rows, h, z, start, max(H, 50))  # [K+1,N,F]
-    known = lasted | torch.isin(episode, episode[ends])[start]  # [K+1,N]: once terminated, all is
-    dreamed_reward, cont = model.predict(dream)  # [K+1,N]
-    cont[0] = 1
-    dreamed = cont.cumprod(0)[:-1] * dreamed_reward[1:]  # [K,N]
-    real = (reward[row] * lasted)[1:]  # [K,N]
-    sure, discount = known[1 : H + 1], gamma ** torch.arange(H, device=h.device)
+    known = lasted | torch.isin(episode, episode[ends])[start]  # [K+1,N]: after the end, too
+    reward, cont = model.predict(dream)  # [K+1,N]
+    cont[0] = 1  # at the start the episode is alive
+    dreamed = cont.cumprod(0)[:-1] * reward[1:]  # [K,N]
+    real = (rows["reward"][row] * lasted)[1:]  # [K,N]
+    sure, discount = known[1 : H + 1], agent.config.gamma ** torch.arange(H, device=h.device)
     metrics["reward_rho"] = correlation(dreamed[:H][sure], real[:H][sure])  # Eq. 5.1
     sums = [(discount @ x[:H])[sure[-1]] for x in (dreamed, real)]
     metrics["return_rho"] = correlation(*sums)  # Eq. 5.2
@@ -1031,21 +1015,16 @@ def dream_metrics(
     imagined, _ = imagine(model, agent.actor, h[start], z[start], H)  # [H+1,N,F]
     policy = agent.actor(imagined[:-1]).entropy()  # [H,N]
     latent = model.rssm.prior_entropy(imagined[1:, :, : h.shape[1]])  # [H,N]
+    value, came = value_and_return(agent, rows, feat[:policy_rows])
+    real_feat, dream_feat = feat[row[H][lasted[H]]], dream[H][lasted[H]]  # [M,F]
     metrics |= {
         "policy_entropy": policy.mean().item(), "latent_entropy": latent.mean().item(),
-        "trajectory_entropy": (policy + latent).sum(0).mean().item()}  # Eq. 5.5
-    real_feat, dream_feat = feat[row[H][lasted[H]]], dream[H][lasted[H]]  # [M,F]
-    metrics["latent_fid"] = frechet_distance(real_feat[::2], dream_feat[1::2])  # Eq. 5.6
-    metrics["latent_fid_floor"] = frechet_distance(real_feat[::2], real_feat[1::2])
-    # At the first row of an episode the one before stops: its value (0 if it ended) takes over
-    value, first, ends = agent.critic(feat[:by_policy]), first[:by_policy], ends[:by_policy]  # [P]
-    came = torch.where(first, value.roll(1), reward[:by_policy])
-    came = lambda_return(came, value, (~first & ~ends).float(), gamma, 1.0)
-    value, came = value[:-1][~first[1:]], came[~first[1:]]
-    metrics |= {
+        "trajectory_entropy": (policy + latent).sum(0).mean().item(),  # Eq. 5.5
+        "latent_fid": frechet_distance(real_feat[::2], dream_feat[1::2]),  # Eq. 5.6
+        "latent_fid_floor": frechet_distance(real_feat[::2], real_feat[1::2]),
         "value": value.mean().item(), "value_real": came.mean().item(),
         "value_error": (value - came).abs().mean().item()}  # Eq. 5.7
-    if folder:
+    if folder and len(real_feat) > 1:
         draw_dream(agent, rows, h, z, folder / "dream.gif")
         draw_latents(agent, real_feat, dream_feat, folder / "latents.png")
     return metrics
@@ -1090,7 +1069,6 @@ class DreamEnv(gym.Env):
     """The learned world as a Gymnasium environment: a real first frame, and then only dreams. The
     prior, the reward head and the continue head (by chance) make a step; the decoder `render`, the
     observation, too: uint8 [64, 64, 3]. There is no time limit."""
-
     metadata, render_mode = {"render_modes": ["rgb_array"], "render_fps": 30}, "rgb_array"
 
     def __init__(self, agent: Agent):
@@ -1123,7 +1101,6 @@ class DreamEnv(gym.Env):
 
 class SideBySide(DreamEnv):
     """Left the real environment, right the dream; `step(None)` leaves both to the agent."""
-
     def step(self, action):
         if action is None:
             policy = self.agent.actor(torch.cat([self.h, self.z], -1))
