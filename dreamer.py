@@ -830,7 +830,8 @@ def read_checkpoint(path: str | Path) -> dict:
     path, problems = Path(path), []
     for file in [path / name for name in CHECKPOINTS] if path.is_dir() else [path]:
         try:
-            state = torch.load(gzip.open(file), map_location="cpu", weights_only=True)
+            with gzip.open(file) as packed:
+                state = torch.load(packed, map_location="cpu", weights_only=True)
             if problems:
                 print(f"{problems[0]}; took {file} in its place", file=sys.stderr)
             return state
@@ -1170,7 +1171,7 @@ def main(argv: list[str] | None = None) -> int:
             folder = train(Config(**saved | options), resume)
             print(f"Results are in {folder}. Next: python dreamer.py --eval {folder}")
         return 0
-    except (DreamerError, OSError) as error:
+    except (DreamerError, OSError, json.JSONDecodeError) as error:
         print("dreamer.py: error:", " ".join(str(error).split()), file=sys.stderr)  # one line
         return 2
     except KeyboardInterrupt:
