@@ -48,7 +48,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,7 @@ class Config:
     scale_dyn: float = 1.0  # weight of the KL that pulls the prior to the posterior
     scale_rep: float = 0.1  # weight of the KL that pulls the posterior to the prior
     lr: float = 1e-3  # learning rate of world model, actor and critic
+    lr_decay: float = 0.3  # share of the steps, the last ones, over which lr falls to 0
     # behavior
     horizon: int = 15  # H, imagined steps
     gamma: float = 0.99  # discount of a step
@@ -132,7 +133,8 @@ class Config:
         numbers = {k: v for k, v in asdict(self).items() if not isinstance(v, str)}
         for name, value in numbers.items():
             low = int(isinstance(value, int) and name not in ("seed", "pretrain"))
-            high = 1 if name in ("unimix", "gamma", "lam", "slow_rate", "return_rate") else 1e9
+            shares = ("unimix", "gamma", "lam", "slow_rate", "return_rate", "lr_decay")
+            high = 1 if name in shares else 1e9
             if not low <= value <= high:  # catches nan, too
                 raise DreamerError(f"{name} has to be between {low} and {high:.0f}, not {value}")
         if self.batch_length > min(self.prefill, self.capacity) or self.gamma == 0:
@@ -615,11 +617,9 @@ def episode_seed(seed: int, number: int, evaluation: bool) -> int:
     """Training episodes have even seeds, evaluation episodes odd ones: they never meet."""
     return 2 * (1_000_000 * seed + number) + evaluation
 
-def play(
-    env: gym.Env, act: Callable, seed: int, past: Sequence = (), state: Any = None
-) -> Iterator[tuple[dict, bool]]:
-    """An episode of `act(obs, state) -> (action, state)`: (row of the time diagram, is_last). The
-    actions in `past` are taken first, without rows: so a resumed run returns to mid-episode."""
+def play(env: gym.Env, act: Callable, seed: int, past: list | None = None, state: Any = None):
+    """An episode of `act(obs, state) -> (action, state)`; yields rows of the time diagram, is_last.
+    The actions in `past` are taken first, unseen: so a resumed run returns to mid-episode."""
     env.action_space.seed(seed)
     action, prev_action = None, np.zeros(gym.spaces.flatdim(env.action_space), np.float32)
     for step in itertools.count():
@@ -636,11 +636,11 @@ def play(
             raise DreamerError(f"{where}: {error!r}") from error
         row = dict(prev_action=prev_action, obs=obs, reward=reward, terminated=terminated)
         is_last = terminated or truncated  # a time limit ends the episode, but is not terminated
-        if step > len(past) or not past:
+        if not past or step > len(past):
             yield row | {"is_first": step == 0}, is_last
         if is_last:
             return
-        action, state = (past[step], state) if step < len(past) else act(obs, state)
+        action, state = (past[step], state) if past and step < len(past) else act(obs, state)
 
 # %% 4.3 A run
 class Run:
@@ -685,7 +685,9 @@ class Run:
 
     def update(self) -> None:
         """An update of the world model and, after `pretrain` of those, one of the behavior."""
-        config = self.config
+        config, left = self.config, 1 - self.step / self.config.steps
+        for optimizer in self.agent.optimizers.values():
+            optimizer.param_groups[0]["lr"] = config.lr * min(1, left / max(config.lr_decay, 1e-9))
         batch = self.replay.sample(config.batch_size, config.batch_length, config.device)
         try:
             h, z, metrics = update_world_model(self.agent, batch)
@@ -912,13 +914,11 @@ def draw_curves(lines: list[dict], path: Path) -> None:
 # - Eq. 5.7 `value_error = mean |v_t - (r_{t+1} + gamma r_{t+2} + ...)|`, rewards that really came
 
 # %% 5.1 Evaluation on unseen seeds
-def evaluate(
-    agent: Agent, episodes: int = 20, seed: int = 0, folder: Path | None = None
-) -> dict[str, float]:
+def evaluate(agent: Agent, episodes: int = 20, seed: int = 0, folder: Path | None = None) -> dict:
     """The metrics of this section as `eval/...`, without those that are not defined. Returns are
-    sums of rewards of `episodes` unseen episodes, played with the most likely actions. The others
-    need `held_out` rows: half of them from these episodes, half from more of the kind, in which
-    random actions take over. Draws pictures into `folder`. Leaves the random state as it was."""
+    sums of rewards of `episodes` unseen episodes, played with the most likely actions. `held_out`
+    rows are kept: one half of these episodes, for Eq. 5.7; one of further ones, for the others, in
+    which random actions take over. Pictures go to `folder`. Leaves the random state as it was."""
     if episodes < 1:
         raise DreamerError(f"episodes has to be at least 1, not {episodes}")
     env, returns = PixelEnv(agent.config.env, action_repeat=agent.config.action_repeat), []
@@ -941,7 +941,7 @@ def evaluate(
                 if held_out.size < held_out.capacity // (1 + by_policy):
                     held_out.add(row)
             policy_rows = held_out.size if by_policy else policy_rows
-            bar.update()
+            bar.update(by_policy)
         metrics = dream_metrics(agent, held_out.rows, policy_rows, folder)
     env.close()
     if missing := [name for name, value in metrics.items() if not np.isfinite(value)]:
@@ -984,9 +984,7 @@ def value_and_return(agent: Agent, rows: Named, feat: Tensor) -> Tensors:
     return value[:-1][~first[1:]], came[~first[1:]]
 
 @torch.no_grad()
-def dream_metrics(
-    agent: Agent, rows: Named, policy_rows: int, folder: Path | None = None
-) -> dict[str, float]:
+def dream_metrics(agent: Agent, rows: Named, policy_rows: int, folder: Path | None = None) -> dict:
     """Eq. 5.1 to 5.7 on held-out rows [L,...]; the first `policy_rows` are the policy's alone."""
     model, H, metrics = agent.world_model, agent.config.horizon, {}
     rows = {name: values.to(agent.config.device) for name, values in rows.items()}
@@ -994,7 +992,7 @@ def dream_metrics(
     sequence = model.encoder(obs)[None], rows["prev_action"][None], rows["is_first"][None]
     h, z, _, _ = model.rssm.observe(*sequence)  # [1,L,D], [1,L,S*K]
     h, z, feat = h[0], z[0], torch.cat([h, z], -1)[0]  # [L,D], [L,S*K], [L,F]
-    start = (~ends).nonzero()[::2, 0]  # [N]
+    start = policy_rows + (~ends[policy_rows:]).nonzero()[:, 0]  # [N]
     dream, row, lasted = dream_along(agent, rows, h, z, start, max(H, 50))  # [K+1,N,F]
     known = lasted | torch.isin(episode, episode[ends])[start]  # [K+1,N]: after the end, too
     reward, cont = model.predict(dream)  # [K+1,N]
@@ -1073,15 +1071,14 @@ class DreamEnv(gym.Env):
     metadata, render_mode = {"render_modes": ["rgb_array"], "render_fps": 30}, "rgb_array"
 
     def __init__(self, agent: Agent):
-        self.agent = agent
-        self.real = PixelEnv(agent.config.env, action_repeat=agent.config.action_repeat)
-        self.action_space = self.real.action_space
-        self.observation_space = self.real.observation_space
+        self.agent, config = agent, agent.config
+        self.real = real = PixelEnv(config.env, action_repeat=config.action_repeat)
+        self.action_space, self.observation_space = real.action_space, real.observation_space
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         super().reset(seed=seed)
         obs, info = self.real.reset(seed=seed, options=options)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng():  # so that nobody else's random numbers are used up
             torch.manual_seed(int(self.np_random.integers(2**31)))
             _, (self.h, self.z, _) = self.agent.act(obs)
         return self.render(), info

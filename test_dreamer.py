@@ -56,7 +56,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # the same for child processes
 SMALL = dict(  # a config whose every part is small
     depth=2, hidden=16, groups=4, classes=4, units=16, batch_size=4, batch_length=6, horizon=5,
     prefill=60, pretrain=5, train_ratio=16.0, capacity=500,
-    log_every=50, eval_every=100, eval_episodes=1, held_out=160,
+    log_every=50, eval_every=100, eval_episodes=1, held_out=160, lr_decay=0.0,
 )
 A, D, Z, S, K = 2, 16, 16, 4, 4  # sizes under SMALL
 
@@ -997,8 +997,19 @@ def test_a_loss_that_is_not_finite_stops_before_any_weight_is_touched(agent, par
     assert all(torch.equal(v, before[k]) or v.isnan().all() for k, v in agent.state_dict().items())
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path, monkeypatch):
-    monkeypatch.setattr(dreamer, "symlog", symlog)
+def test_the_learning_rate_falls_to_zero_over_the_last_share_of_the_steps(tmp_path):
+    run = dreamer.Run(Config(**dict(SMALL, lr_decay=0.5), steps=100, lr=0.1), tmp_path)
+    run.bar = dreamer.tqdm(disable=True)
+    for _ in range(6):
+        run.environment_step()
+    rates = []
+    for run.step in (10, 50, 75, 100):
+        run.update()
+        rates.append([x.param_groups[0]["lr"] for x in run.agent.optimizers.values()])
+    assert np.allclose(rates, np.repeat([[0.1], [0.1], [0.05], [0.0]], 3, 1))
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
     run = dreamer.Run(Config(**SMALL, steps=100), tmp_path)
     run.bar = dreamer.tqdm(disable=True)
     for _ in range(70):
@@ -1089,9 +1100,9 @@ def test_a_perfect_model_has_correlation_one_and_no_error():
     metrics = dreamer.dream_metrics(Perfect(H), rows, 18)
     assert metrics["reward_rho"] == pytest.approx(1) and metrics["return_rho"] == pytest.approx(1)
     frames = rows["obs"][:9].reshape(9, -1).numpy() / 255
-    # Starts are every second row, at times 0, 2, 4 and 6: so 1, 3, 5, 7 and 5, 7 are reached
-    for k, starts in ((1, [0, 2, 4, 6]), (5, [0, 2])):
-        times = np.add(starts, k)
+    for k in (1, 5):
+        starts = np.arange(9 - k)  # from which time k later there is a frame
+        times = starts + k
         assert metrics[f"reward_error_{k}"] == pytest.approx(0, abs=1e-6)
         assert metrics[f"pixel_error_{k}"] < 2  # scaling rounds, by up to 1 in 255
         repeat = np.mean(np.sum((frames[times] - frames[starts]) ** 2, 1))
@@ -1121,6 +1132,19 @@ def test_where_a_time_limit_cuts_nothing_is_assumed_and_the_critic_stands_in():
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_the_dream_takes_the_actions_that_were_recorded_until_the_episode_ends():
+    agent, rows = Perfect(), counting_rows(episodes=2)  # nine rows each
+    agent.img_step = lambda h, z, action: (h + 1, action.argmax(-1, keepdim=True).float())
+    h, z = torch.zeros(18, 1), torch.zeros(18, 1)
+    start = torch.tensor([0, 6, 12])
+    feat, row, lasted = dreamer.dream_along(agent, rows, h, z, start, 4)
+    assert row.T.tolist() == [[0, 1, 2, 3, 4], [6, 7, 8, 9, 10], [12, 13, 14, 15, 16]]
+    assert lasted.sum(0).tolist() == [5, 3, 5]
+    assert torch.equal(feat[1:, :, 1], rows["prev_action"][row[1:]].argmax(-1).float())
+    assert feat[:, 0, 0].tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_shuffled_rewards_have_no_correlation():
     rows = dict(counting_rows(episodes=200))
     order = torch.randperm(1800, generator=torch.Generator().manual_seed(0))
@@ -1134,8 +1158,8 @@ def test_a_model_that_sees_no_end_has_the_rewards_after_it_wrong():
     agent.LENGTH = 100
     metrics = dreamer.dream_metrics(agent, rows, 18)
     assert metrics["reward_rho"] < 0.5
-    # Starts at 0, 2, 4, 6 and five steps: 5 and 7 are right, 9 and 11 come after the end
-    assert metrics["reward_error_5"] == pytest.approx((9 + 11) / 4)
+    # Starts at 0 to 7 and five steps: 5 to 8 are right, 9 to 12 come after the end
+    assert metrics["reward_error_5"] == pytest.approx((9 + 10 + 11 + 12) / 8)
 
 
 def test_entropy_of_a_uniform_prior_is_known(agent):
