@@ -120,7 +120,7 @@ class Config:
     max_grad_norm: float = 10.0  # norm that gradients are clipped to
     # results
     log_every: int = 500  # steps between lines of metrics.jsonl; evaluations add theirs
-    eval_every: int = 2_500  # steps between evaluations, each followed by a checkpoint
+    eval_every: int = 2_500  # steps between evaluations
     eval_episodes: int = 5  # episodes of an evaluation during training
     held_out: int = 2_000  # rows of unseen episodes for the other metrics of Section 5
     save_every: float = 120.0  # seconds between checkpoints, at most
@@ -130,12 +130,11 @@ class Config:
         if self.device not in ("auto", "cpu", best):
             raise DreamerError(f"there is no device {self.device} here; --device auto takes {best}")
         self.device = best if self.device == "auto" else self.device
-        numbers = {k: v for k, v in asdict(self).items() if not isinstance(v, str)}
-        for name, value in numbers.items():
-            low = int(isinstance(value, int) and name not in ("seed", "pretrain"))
-            shares = ("unimix", "gamma", "lam", "slow_rate", "return_rate", "lr_decay")
-            high = 1 if name in shares else 1e9
-            if not low <= value <= high:  # catches nan, too
+        lows = dict(seed=0, pretrain=0, held_out=2)
+        shares = ("unimix", "gamma", "lam", "slow_rate", "return_rate", "lr_decay")
+        for name, value in asdict(self).items():
+            low, high = lows.get(name, int(isinstance(value, int))), 1 if name in shares else 1e9
+            if not isinstance(value, str) and not low <= value <= high:  # catches nan, too
                 raise DreamerError(f"{name} has to be between {low} and {high:.0f}, not {value}")
         if self.batch_length > min(self.prefill, self.capacity) or self.gamma == 0:
             raise DreamerError("prefill and capacity must reach batch_length, and gamma exceed 0")
@@ -318,9 +317,8 @@ class RSSM(nn.Module):
         return torch.log((1 - self.unimix) * probs + self.unimix / self.classes)
 
     def prior_entropy(self, h: Tensor) -> Tensor:
-        """Entropy in nats of z before the frame, summed over the groups; h [., D] -> [.]."""
-        prior = self.log_probs(self.prior_net(h))
-        return -(prior.exp() * prior).sum((-2, -1))
+        """Entropy of the prior in nats, summed over the groups: h [., D] -> [.]."""
+        return torch.special.entr(self.log_probs(self.prior_net(h)).exp()).sum((-2, -1))
 
     def sample(self, log_probs: Tensor) -> Tensor:
         """z [., S*K], one-hot in each group; its gradient goes straight through to [., S, K]."""
@@ -421,10 +419,10 @@ class ReplayBuffer:
 # - Eq. 2.1 `recon = sum over pixels of (o_t - decoder(h_t, z_t))^2`
 # - Eq. 2.2 `reward = -ln p(r_t | h_t, z_t)`, a cross-entropy with the two-hot reward
 # - Eq. 2.3 `cont = -ln p(c_t | h_t, z_t)`, with `c_t = 1 - terminated_t`: a time limit ends nothing
-# - Eq. 2.4 `dyn = max(1, KL(sg(q) || p))`: the prior learns to foresee the posterior
-# - Eq. 2.5 `rep = max(1, KL(q || sg(p)))`: the posterior, gently, learns to be foreseeable
+# - Eq. 2.4 `dyn = max(free, KL(sg(q) || p))`: the prior learns to foresee the posterior
+# - Eq. 2.5 `rep = max(free, KL(q || sg(p)))`: the posterior, gently, learns to be foreseeable
 #
-# The KL is summed over the groups of z before the max; one nat a step is free, not pushed down.
+# The KL is summed over the groups of z before the max: `free_nats` a step are not pushed down.
 
 # %% 2.1 World model loss
 class WorldModel(nn.Module):
@@ -603,10 +601,11 @@ class Agent(nn.Module):
         """Frame uint8 [64,64,3], state from the last call (None: first frame) -> the most likely
         action (a sample if `explore`) for `PixelEnv.step`, state (h, z, action [1,A]). The
         recursion is the one that trains: a frame goes in with the action that led to it."""
-        rssm, is_first = self.world_model.rssm, self.return_range.new_tensor([state is None]).bool()
+        rssm, device = self.world_model.rssm, self.config.device
+        is_first = torch.tensor([state is None], device=device)
         if state is None:
-            state = *rssm.initial(1), self.return_range.new_zeros(1, self.action_size)
-        embed = self.world_model.encoder(torch.tensor(obs, device=is_first.device).unsqueeze(0))
+            state = *rssm.initial(1), torch.zeros(1, self.action_size, device=device)
+        embed = self.world_model.encoder(torch.tensor(obs, device=device).unsqueeze(0))
         h, z, _ = rssm.obs_step(*state, embed, is_first)
         policy = self.actor(torch.cat([h, z], -1))
         action = policy.sample() if explore else policy.mode
@@ -617,7 +616,7 @@ def episode_seed(seed: int, number: int, evaluation: bool) -> int:
     """Training episodes have even seeds, evaluation episodes odd ones: they never meet."""
     return 2 * (1_000_000 * seed + number) + evaluation
 
-def play(env: gym.Env, act: Callable, seed: int, past: list | None = None, state: Any = None):
+def play(env: PixelEnv, act: Callable, seed: int, past: tuple | list = (), state: Any = None):
     """An episode of `act(obs, state) -> (action, state)`; yields rows of the time diagram, is_last.
     The actions in `past` are taken first, unseen: so a resumed run returns to mid-episode."""
     env.action_space.seed(seed)
@@ -639,10 +638,13 @@ def play(env: gym.Env, act: Callable, seed: int, past: list | None = None, state
         if not past or step > len(past):
             yield row | {"is_first": step == 0}, is_last
         if is_last:
+            assert step >= len(past), "an environment that is not a function of seed and actions"
             return
-        action, state = (past[step], state) if past and step < len(past) else act(obs, state)
+        action, state = (past[step], state) if step < len(past) else act(obs, state)
 
-# %% 4.3 A run
+# %% 4.3 A run, which can stop and go on
+CHECKPOINTS = "checkpoint.pt.gz", "checkpoint-before.pt.gz"  # the newest, and the one before
+
 class Run:
     """A training run: `progress`, and what else `save` writes, is all that there is of it."""
     progress = ("step", "updates", "episodes", "past", "rewards", "state", "values", "lines", "age")
@@ -659,10 +661,10 @@ class Run:
 
     def act(self, obs: np.ndarray, state: Tensors | None) -> tuple:
         """At random until the prefill ends; then the agent, which takes over with a zero state."""
-        self.env.action_space.seed(episode_seed(self.config.seed, self.step, evaluation=False))
-        action = self.env.action_space.sample()
-        if self.step >= self.config.prefill:
-            action, self.state = self.agent.act(obs, state, explore=True)
+        if self.step < self.config.prefill:  # seeded by the step, for runs that are resumed
+            self.env.action_space.seed(episode_seed(self.config.seed, self.step, evaluation=False))
+            return self.env.action_space.sample(), None
+        action, self.state = self.agent.act(obs, state, explore=True)
         return action, self.state
 
     def environment_step(self) -> None:
@@ -685,9 +687,10 @@ class Run:
 
     def update(self) -> None:
         """An update of the world model and, after `pretrain` of those, one of the behavior."""
-        config, left = self.config, 1 - self.step / self.config.steps
+        config, left = self.config, max(0, 1 - self.step / self.config.steps)
         for optimizer in self.agent.optimizers.values():
-            optimizer.param_groups[0]["lr"] = config.lr * min(1, left / max(config.lr_decay, 1e-9))
+            decay = min(1, left / config.lr_decay) if config.lr_decay else 1
+            optimizer.param_groups[0]["lr"] = config.lr * decay
         batch = self.replay.sample(config.batch_size, config.batch_length, config.device)
         try:
             h, z, metrics = update_world_model(self.agent, batch)
@@ -712,7 +715,7 @@ class Run:
             self.log(evaluate(self.agent, episodes, seed, self.folder))
         elif self.step % self.config.log_every:
             return
-        self.age, self.start = self.age + time.monotonic() - self.start, time.monotonic()
+        self.grow_older()
         line = {"env/step": self.step, "env/episodes": self.episodes, "wm/updates": self.updates}
         line |= {name: float(np.mean(values)) for name, values in self.values.items()}
         line |= {"time/seconds": self.age, "time/env_steps_per_second": self.step / self.age,
@@ -722,8 +725,12 @@ class Run:
             file.write(json.dumps(line) + "\n")
         draw_curves(self.lines, self.folder / "curves.png")
 
+    def grow_older(self) -> None:
+        self.age, self.start = self.age + time.monotonic() - self.start, time.monotonic()
+
     def save(self) -> None:
         """checkpoint.pt.gz, written beside and renamed when whole; the one before stays with it."""
+        self.grow_older()
         size, new, path = self.replay.size, self.folder / "new.pt.gz", self.folder / CHECKPOINTS[0]
         rows = {name: x.numpy()[:size] for name, x in self.replay.rows.items()}  # shares its memory
         with gzip.open(new, "wb", compresslevel=1) as file:
@@ -739,9 +746,7 @@ class Run:
         new.replace(path)
 
     def load(self) -> None:
-        """Go on from the checkpoint in the folder; from the start if none was written yet."""
-        if not any((self.folder / name).exists() for name in CHECKPOINTS):
-            return
+        """Go on from the checkpoint in the folder."""
         state = read_checkpoint(self.folder)
         for name, value in state["config"].items():
             if name != "steps" and value != getattr(self.config, name):
@@ -756,8 +761,6 @@ class Run:
         self.state = self.state and tuple(x.to(self.config.device) for x in self.state)
         torch.set_rng_state(state["random"][0])
         torch.cuda.set_rng_state_all(state["random"][1:])
-        lines = "".join(json.dumps(line) + "\n" for line in self.lines)
-        (self.folder / "metrics.jsonl").write_text(lines)  # without those after the checkpoint
 
     def stop(self, number: int, frame: Any) -> None:
         """For a signal: stop where the run can be saved; at the second one, at once."""
@@ -802,19 +805,22 @@ def train(config: Config, resume: str | Path | None = None) -> Path:
         raise DreamerError(f"the replay buffer will need {need / 1e9:.1f} GB of memory, and "
                            f"{free / 1e9:.1f} GB are free: lower --capacity")
     run = Run(config, folder)
+    if config.init_from:
+        init_from(run.agent, config.init_from)
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         stack.enter_context(FileLock(folder / "in-use.lock", timeout=0))  # one process at a time
-        if resume:
+        if any((folder / name).exists() for name in CHECKPOINTS):
             run.load()
-        elif config.init_from:
-            init_from(run.agent, config.init_from)
         (folder / "config.new").write_text(json.dumps(asdict(config), indent=2) + "\n")
         (folder / "config.new").replace(folder / "config.json")
+        lines = "".join(json.dumps(line) + "\n" for line in run.lines)
+        (folder / "metrics.jsonl").write_text(lines)  # without those after the checkpoint
         for number in (signal.SIGINT, signal.SIGTERM):  # taken here, and given back in the end
             stack.callback(signal.signal, number, signal.signal(number, run.stop))
         run.bar = stack.enter_context(tqdm(
-            total=config.steps, unit="step", miniters=0, mininterval=0.5, dynamic_ncols=True))
+            total=config.steps, initial=run.step, unit="step", mininterval=0.5, miniters=0,
+            dynamic_ncols=True))
         run.loop()
     if run.signal:
         draw_curves(run.lines, folder / "curves.png")
@@ -824,8 +830,6 @@ def train(config: Config, resume: str | Path | None = None) -> Path:
     return folder
 
 # %% 4.5 Files and curves
-CHECKPOINTS = "checkpoint.pt.gz", "checkpoint-before.pt.gz"
-
 def read_checkpoint(path: str | Path) -> dict:
     """A checkpoint file, or the newest in a run's folder that is whole: gzip's checksum tells.
     Runs no code from the file. Raises DreamerError if there is none."""
@@ -864,16 +868,22 @@ def init_from(agent: Agent, path: str) -> None:
             weights |= {f"{key}.{k}": v for k, v in x.items()} if isinstance(x, dict) else {key: x}
     except Exception as error:  # a damaged file raises any of a dozen types
         raise DreamerError(f"--init-from {path}: {error!r}") from error
+    loaded = 0
     for name in ("encoder", "rssm", "decoder", "reward_head", "cont_head", "actor", "critic"):
         own = {key.rpartition(f"{name}.")[2]: x for key, x in weights.items()
-               if f".{name}." in f".{key}"} or weights
+               if f".{name}." in f".{key}"}
+        if weights.keys() == parts[name].state_dict().keys():
+            own = weights
         try:
             copy.deepcopy(parts[name]).load_state_dict(own)  # so that it is all or nothing
             parts[name].load_state_dict(own)
+            loaded += 1
             print(f"{path}: {name} is loaded")
         except RuntimeError as error:
-            reason = "is not in it" if own is weights else f"does not fit: {error}"
+            reason = f"does not fit: {error}" if own else "is not in it"
             print(f"{path}: {name}", " ".join(reason.split()))
+    if not loaded:
+        raise DreamerError(f"--init-from {path} holds nothing that fits")
     agent.slow_critic.load_state_dict(agent.critic.state_dict())
 
 def draw_curves(lines: list[dict], path: Path) -> None:
@@ -889,7 +899,7 @@ def draw_curves(lines: list[dict], path: Path) -> None:
     for axes, (label, keys) in zip(figure.subplots(2, 3).flat, panels.items(), strict=True):
         for key in keys:
             points = [(x["env/step"], x[key], x.get(f"{key}_std", 0)) for x in lines if key in x]
-            axes.errorbar(*np.reshape(points, (-1, 3)).T, marker=".", capsize=3, label=key)
+            axes.errorbar(*np.reshape(points, (-1, 3)).T, marker=".", label=key)
         axes.set(xlabel="environment steps", ylabel=label)
         axes.set_yscale("log" if "wm/recon" in keys else "linear")
         axes.grid(alpha=0.3)
@@ -900,11 +910,11 @@ def draw_curves(lines: list[dict], path: Path) -> None:
 # # Section 5: Self-Evaluation Metrics
 # Does the dream match the world, in episodes that were never trained on? From states that saw the
 # frames the prior dreams on, K steps, under the actions that were really taken. A hat marks what
-# was dreamed; alive_k is 1 until the real episode has terminated, then 0.
+# was dreamed; alive_k is 1 until the real episode has terminated, then 0 (and any action goes).
 #
 # - Eq. 5.1 `reward_rho = corr(hat c_1 ... hat c_{k-1} hat r_k, alive_{k-1} r_k)`, over all k <= H
 # - Eq. 5.2 `return_rho`: the same, of sums over k <= H discounted by `gamma^{k-1}`
-# - Eq. 5.3 `reward_error_k`: mean absolute difference of the two rewards of Eq. 5.1 at step k
+# - Eq. 5.3 `reward_error_k`: mean difference of the two rewards of Eq. 5.1, k = 1, 5, 15, 50
 # - Eq. 5.4 `pixel_error_k = |o_k - decoder(hat h_k, hat z_k)|^2`, summed as in Eq. 2.1, beside what
 #   the last frame that was seen (`repeat`) and the mean frame (`mean`) miss
 # - Eq. 5.5 `trajectory_entropy`: sum over H dreamed steps of the actor of `policy_entropy`, that of
@@ -944,10 +954,10 @@ def evaluate(agent: Agent, episodes: int = 20, seed: int = 0, folder: Path | Non
             bar.update(by_policy)
         metrics = dream_metrics(agent, held_out.rows, policy_rows, folder)
     env.close()
+    statistics = {"": np.mean, "_std": np.std, "_min": np.min, "_max": np.max}
+    metrics = {f"return{k}": float(f(returns[:episodes])) for k, f in statistics.items()} | metrics
     if missing := [name for name, value in metrics.items() if not np.isfinite(value)]:
         tqdm.write(f"not defined on these episodes: {', '.join(missing)}", sys.stderr)
-    for name, statistic in {"": np.mean, "_std": np.std, "_min": np.min, "_max": np.max}.items():
-        metrics[f"return{name}"] = float(statistic(returns[:episodes]))
     return {f"eval/{name}": metrics[name] for name in metrics if name not in missing}
 
 # %% 5.2 Dreamed against real
@@ -978,7 +988,8 @@ def value_and_return(agent: Agent, rows: Named, feat: Tensor) -> Tensors:
     """Eq. 5.7: critic's values and the returns that came [.], of rows [P,...] that the policy made.
     Where a time limit ended an episode, the value of its last state stands for what is not seen."""
     first, value = rows["is_first"][: len(feat)], agent.critic(feat)
-    reward = torch.where(first, value.roll(1), rows["reward"][: len(feat)])  # handed on at a border
+    # The first row of an episode hands the value of the last row before it back to that row
+    reward = torch.where(first, value.roll(1), rows["reward"][: len(feat)])
     cont = (~first & ~rows["terminated"][: len(feat)]).float()
     came = lambda_return(reward, value, cont, agent.config.gamma, lam=1.0)
     return value[:-1][~first[1:]], came[~first[1:]]
@@ -1003,10 +1014,10 @@ def dream_metrics(agent: Agent, rows: Named, policy_rows: int, folder: Path | No
     metrics["reward_rho"] = correlation(dreamed[:H][sure], real[:H][sure])  # Eq. 5.1
     sums = [(discount @ x[:H])[sure[-1]] for x in (dreamed, real)]
     metrics["return_rho"] = correlation(*sums)  # Eq. 5.2
+    mean = obs.float().mean(0) / 255
     for k in (1, 5, 15, 50):
         error = (dreamed - real)[k - 1][known[k]].abs()
         metrics[f"reward_error_{k}"] = error.mean().item()  # Eq. 5.3
-        mean = obs.float().mean(0) / 255
         guesses = {"": model.decoder(dream[k]), "_repeat": obs[start] / 255, "_mean": mean}
         for name, guess in guesses.items():
             error = (guess - obs[row[k]] / 255).square().sum((-3, -2, -1))[lasted[k]]
@@ -1031,7 +1042,8 @@ def dream_metrics(agent: Agent, rows: Named, policy_rows: int, folder: Path | No
 # %% 5.3 Pictures
 def draw_dream(agent: Agent, rows: Named, h: Tensor, z: Tensor, path: Path) -> None:
     """dream.gif: truth, dream and difference in four episodes; 5 frames are seen, 45 dreamed."""
-    first = rows["is_first"][:-5].nonzero()[:, 0]
+    first = rows["is_first"].nonzero()[:, 0]
+    first = first[:-1][first.diff() > 4]  # those that last
     first = first[torch.linspace(0, len(first) - 1, 4).long()]
     seen = first + torch.arange(4, device=first.device).unsqueeze(1)  # [4,4]
     dream, row, lasted = dream_along(agent, rows, h, z, first + 4, 45)  # begins with the fifth
@@ -1073,6 +1085,7 @@ class DreamEnv(gym.Env):
     def __init__(self, agent: Agent):
         self.agent, config = agent, agent.config
         self.real = real = PixelEnv(config.env, action_repeat=config.action_repeat)
+        self.close = real.close
         self.action_space, self.observation_space = real.action_space, real.observation_space
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
@@ -1081,6 +1094,7 @@ class DreamEnv(gym.Env):
         with torch.random.fork_rng():  # so that nobody else's random numbers are used up
             torch.manual_seed(int(self.np_random.integers(2**31)))
             _, (self.h, self.z, _) = self.agent.act(obs)
+        self.feat = torch.cat([self.h, self.z], -1)  # [1,F]
         return self.render(), info
 
     @torch.no_grad()
@@ -1089,20 +1103,20 @@ class DreamEnv(gym.Env):
         with torch.random.fork_rng():
             torch.manual_seed(int(self.np_random.integers(2**31)))
             self.h, self.z = self.agent.world_model.rssm.img_step(self.h, self.z, action[None])
-        reward, cont = self.agent.world_model.predict(torch.cat([self.h, self.z], -1))
+        self.feat = torch.cat([self.h, self.z], -1)
+        reward, cont = self.agent.world_model.predict(self.feat)
         return self.render(), reward.item(), self.np_random.random() > cont.item(), False, {}
 
     @torch.no_grad()
     def render(self) -> np.ndarray:
-        frame = self.agent.world_model.decoder(torch.cat([self.h, self.z], -1))[0]
-        return (frame * 255).byte().cpu().numpy()
+        return (self.agent.world_model.decoder(self.feat)[0] * 255).byte().cpu().numpy()
 
 class SideBySide(DreamEnv):
     """Left the real environment, right the dream; `step(None)` leaves both to the agent."""
     def step(self, action):
         if action is None:
-            policy = self.agent.actor(torch.cat([self.h, self.z], -1))
-            action = gym.spaces.unflatten(self.action_space, policy.mode[0].detach().cpu().numpy())
+            mode = self.agent.actor(self.feat).mode[0].detach().cpu().numpy()
+            action = gym.spaces.unflatten(self.action_space, mode)
         *_, terminated, truncated, _ = self.real.step(action)
         obs, reward, ended, _, info = super().step(action)
         return obs, reward, terminated or ended, truncated, info
@@ -1117,8 +1131,8 @@ def play_dream(agent: Agent) -> None:
     from gymnasium.utils.play import play  # it takes hold of a screen when it is imported
 
     space, keys = agent.action_space, (pygame.K_LEFT, pygame.K_RIGHT, pygame.K_DOWN, pygame.K_UP)
-    signs = np.eye(agent.action_size, dtype=np.float32).reshape(-1, *space.shape)
-    actions = [sign * axis for axis in signs for sign in (-1, 1)]
+    axes = np.eye(agent.action_size, dtype=np.float32).reshape(-1, *space.shape)
+    actions = [sign * axis for axis in axes for sign in (-1, 1)]
     if isinstance(space, gym.spaces.Discrete):
         actions = range(space.start, space.start + space.n)
     keys_to_action = {(key,): action for key, action in zip(keys, actions, strict=False)}
@@ -1133,20 +1147,21 @@ def make_parser() -> argparse.ArgumentParser:
         description="Train Dreamer from pixels; or look at, or go on with, what was trained.")
     parser.error = lambda message: parser.exit(2, f"dreamer.py: error: {message}\n")
     group = parser.add_argument_group("a run's folder, in place of training a new one")
-    group.add_argument("--resume", metavar="RUN", help="go on where it was stopped, to --steps")
-    group.add_argument("--eval", metavar="RUN", help="measure its agent on unseen episodes")
-    group.add_argument("--episodes", metavar="INT", type=int, default=20, help="how many (20)")
-    group.add_argument("--json", action="store_true", help="print the metrics as one JSON object")
-    group.add_argument("--play", metavar="RUN", help="step into its dream, with the arrow keys")
-    defaults = asdict(Config())
+    one = group.add_mutually_exclusive_group()
+    one.add_argument("--resume", metavar="RUN", help="go on where it was stopped, to --steps")
+    one.add_argument("--eval", metavar="RUN", help="measure its agent on unseen episodes")
+    one.add_argument("--play", metavar="RUN", help="step into its dream, with the arrow keys")
+    group.add_argument("--episodes", metavar="INT", type=int, default=20, help="of --eval (20)")
+    group.add_argument("--json", action="store_true", help="--eval prints one JSON object")
     for line in inspect.getsource(Config).splitlines():
         if heading := re.fullmatch("    # (.+)", line):
             group = parser.add_argument_group(heading[1])
-        elif field := re.fullmatch(r"    (\w+): (\w+) = (.*)  # (.+)", line):
-            name, kind, _, text = field.groups()
+        elif field := re.fullmatch(r"    (\w+): (\w+) = .*  # (.+)", line):
+            name, kind, text = field.groups()
+            default = getattr(Config, name)
             group.add_argument(
-                f"--{name.replace('_', '-')}", type=type(defaults[name]), metavar=kind.upper(),
-                default=argparse.SUPPRESS, help=f"{text} ({getattr(Config, name)})")
+                f"--{name.replace('_', '-')}", type=type(default), metavar=kind.upper(),
+                default=argparse.SUPPRESS, help=f"{text} ({default})")  # holds what was given
     return parser
 
 def main(argv: list[str] | None = None) -> int:
@@ -1160,12 +1175,16 @@ def main(argv: list[str] | None = None) -> int:
         if played:
             play_dream(agent)
         elif evaluated:
-            metrics = evaluate(agent, episodes, options.get("seed", 0))
+            metrics = evaluate(agent, episodes, Config(**options).seed)
             lines = [f"{name:28} {value:.4g}" for name, value in metrics.items()]
             print(json.dumps(metrics) if as_json else "\n".join(lines))
         else:
             saved = json.loads((Path(resume) / "config.json").read_text()) if resume else {}
-            folder = train(Config(**saved | options), resume)
+            try:
+                config = Config(**saved | options)
+            except TypeError as error:
+                raise DreamerError(f"{resume} is of another version: {error}") from error
+            folder = train(config, resume)
             print(f"Results are in {folder}. Next: python dreamer.py --eval {folder}")
         return 0
     except (DreamerError, OSError, json.JSONDecodeError) as error:

@@ -693,7 +693,7 @@ def test_a_run_from_the_command_line_leaves_every_file_and_explained_metrics(tmp
     assert not [key for key in keys if f"`{re.sub('_[0-9]+$', '_k', key)}`" not in readme]
     again = subprocess.run(
         command[:2] + ["--eval", str(folder), "--episodes", "2"], capture_output=True, text=True)
-    assert re.search(r"mean [\d.]+, std [\d.]+, min [\d.]+, max [\d.]+", again.stdout), again.stderr
+    assert re.search(r"eval/return +[\d.]+\neval/return_std +[\d.]+\n", again.stdout), again.stderr
 
 
 BAD_INPUT = [
