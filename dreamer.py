@@ -1003,7 +1003,7 @@ def dream_metrics(agent: Agent, rows: Named, policy_rows: int, folder: Path | No
     sequence = model.encoder(obs)[None], rows["prev_action"][None], rows["is_first"][None]
     h, z, _, _ = model.rssm.observe(*sequence)  # [1,L,D], [1,L,S*K]
     h, z, feat = h[0], z[0], torch.cat([h, z], -1)[0]  # [L,D], [L,S*K], [L,F]
-    start = policy_rows + (~ends[policy_rows:]).nonzero()[:, 0]  # [N]
+    start = policy_rows + (~ends[policy_rows:]).nonzero()[::2, 0]  # [N]: every second row
     dream, row, lasted = dream_along(agent, rows, h, z, start, max(H, 50))  # [K+1,N,F]
     known = lasted | torch.isin(episode, episode[ends])[start]  # [K+1,N]: after the end, too
     reward, cont = model.predict(dream)  # [K+1,N]
