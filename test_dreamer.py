@@ -819,6 +819,8 @@ def in_child(*argv, after=None, number=None, limit=None):
         os._exit(code)
     os.close(writer)
     if number:
+        if number != signal.SIGKILL:
+            os.read(reader, 1)  # the progress bar stands: the run has begun, and can be saved
         time.sleep(after)
         os.kill(child, number)
     with open(reader, errors="replace") as file:
@@ -1083,9 +1085,12 @@ class Perfect:
         return torch.full(h.shape[:-1], 0.25)
 
 
+for end in ("terminated", "truncated"):
+    gym.register(f"Eight-{end}-v0", Counting, kwargs={"length": Perfect.LENGTH, "ends_by": end})
+
+
 def counting_rows(ends_by="terminated", episodes=12):
-    gym.register("Eight-v0", Counting, kwargs={"length": Perfect.LENGTH, "ends_by": ends_by})
-    env, rows = PixelEnv("Eight-v0"), []
+    env, rows = PixelEnv(f"Eight-{ends_by}-v0"), []
     for seed in range(episodes):
         rows += [row for row, _ in play(env, lambda o, s: (env.action_space.sample(), s), seed)]
     replay = ReplayBuffer(len(rows), 3)
