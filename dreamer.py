@@ -183,6 +183,7 @@ def init_weights(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 def dense(inputs: int, units: int) -> nn.Sequential:
+    """Linear layer, layer norm, SiLU."""
     return nn.Sequential(nn.Linear(inputs, units), nn.LayerNorm(units), nn.SiLU())
 
 def mlp(inputs: int, units: int, layers: int, outputs: int, outscale: float = 1.0) -> nn.Sequential:
