@@ -806,12 +806,13 @@ def train(config: Config, resume: str | Path | None = None) -> Path:
         raise DreamerError(f"the replay buffer will need {need / 1e9:.1f} GB of memory, and "
                            f"{free / 1e9:.1f} GB are free: lower --capacity")
     run = Run(config, folder)
-    if config.init_from:
+    saved = any((folder / name).exists() for name in CHECKPOINTS)
+    if config.init_from and not saved:
         init_from(run.agent, config.init_from)
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         stack.enter_context(FileLock(folder / "in-use.lock", timeout=0))  # one process at a time
-        if any((folder / name).exists() for name in CHECKPOINTS):
+        if saved:
             run.load()
         (folder / "config.new").write_text(json.dumps(asdict(config), indent=2) + "\n")
         (folder / "config.new").replace(folder / "config.json")

@@ -1317,6 +1317,8 @@ def test_a_run_starts_from_another_runs_weights(undisturbed, tmp_path, capsys):
     for name, x in weights_of(folder).items():
         if name != "return_range" and "slow" not in name:
             assert torch.equal(x, theirs[name]), name
+    train(config, folder)  # its own checkpoint has them now: nothing is loaded from there again
+    assert "is loaded" not in capsys.readouterr().out
 
 
 # And all of it together
