@@ -3,17 +3,17 @@
     python dreamer.py --device cpu               train on CartPole's pixels: runs/CartPole-v1-0
     python dreamer.py --eval runs/CartPole-v1-0  play unseen episodes with what came out
 
-Read it from top to bottom with the lesson at hand; the sections carry the lesson's numbers:
-1 Setup - 2 World Model Update - 3 Behavior Learning - 4 Training Loop - 5 Self-Evaluation Metrics.
-The algorithm is DreamerV3 (Hafner et al., arXiv:2301.04104); README.md lists what is smaller here.
+The sections carry the lesson's numbers: 1 Setup, 2 World Model Update, 3 Behavior Learning,
+4 Training Loop, 5 Self-Evaluation Metrics. The algorithm is DreamerV3 (arXiv:2301.04104).
 
 Shapes    B batch   T time   N = B*T starts of imagination   H horizon   A action   E embedding
           D = |h|   S groups of K classes, so |z| = S*K   feat = (h, z), F = |feat| = D + S*K
           Real sequences are batch first, [B, T, ...]; imagined ones time first, [H+1, N, ...].
 
 Time      row t : prev_action a_{t-1} | obs o_t | reward r_t | terminated_t | is_first_t
-          h_t = f(h_{t-1}, z_{t-1}, a_{t-1})      z_t ~ q(. | h_t, o_t)  posterior: saw the frame
-                                                  z_t ~ p(. | h_t)       prior: has to guess it
+          h_t = f(h_{t-1}, z_{t-1}, a_{t-1})  Eq. 1.1, recurrent state, the papers' deter
+          z_t ~ q(. | h_t, o_t)               Eq. 1.2, posterior: saw the frame; the papers' stoch
+          z_t ~ p(. | h_t)                    Eq. 1.3, prior: has to guess it, and so can dream
           o_t, r_t and c_t = 1 - terminated_t are predicted from (h_t, z_t).
           The action in row t is the one that led to o_t. The first row of an episode has a zero
           action, zero reward and is_first; its last frame has a row of its own.
@@ -26,18 +26,11 @@ critic loss                                    -                    -       yes
 
 # %% [markdown]
 # # Section 1: Setup
-# The pixel environment, the parts of the world model, the actor, the critic and the replay buffer.
-# The papers call h deter and z stoch.
-#
-# - Eq. 1.1, recurrent state: `h_t = f(h_{t-1}, z_{t-1}, a_{t-1})`, the memory of the episode
-# - Eq. 1.2, posterior: `z_t ~ q(z | h_t, o_t)`, what the frame adds to the memory
-# - Eq. 1.3, prior: `z_t ~ p(z | h_t)`, the same guessed without the frame: this one dreams
 
 # %% 1.1 Imports and configuration
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import gzip
 import inspect
@@ -51,7 +44,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -110,6 +102,7 @@ class Config:
     scale_rep: float = 0.1  # weight of the KL that pulls the posterior to the prior
     lr: float = 1e-3  # learning rate of world model, actor and critic
     lr_decay: float = 0.3  # share of the steps, the last ones, over which lr falls to 0
+    max_grad_norm: float = 10.0  # norm that gradients are clipped to
     # behavior
     horizon: int = 15  # H, imagined steps
     gamma: float = 0.99  # discount of a step
@@ -117,7 +110,6 @@ class Config:
     entropy: float = 3e-3  # weight of the actor's entropy
     slow_rate: float = 0.02  # share of the critic that the slow critic takes over in an update
     return_rate: float = 0.01  # share of new returns in the running range of returns
-    max_grad_norm: float = 10.0  # norm that gradients are clipped to
     # results
     log_every: int = 500  # steps between lines of metrics.jsonl; evaluations add theirs
     eval_every: int = 2_500  # steps between evaluations
@@ -130,10 +122,10 @@ class Config:
         if self.device not in ("auto", "cpu", best):
             raise DreamerError(f"there is no device {self.device} here; --device auto takes {best}")
         self.device = best if self.device == "auto" else self.device
-        lows = dict(seed=0, pretrain=0, held_out=2)
         shares = ("unimix", "gamma", "lam", "slow_rate", "return_rate", "lr_decay")
         for name, value in asdict(self).items():
-            low, high = lows.get(name, int(isinstance(value, int))), 1 if name in shares else 1e9
+            low = {"seed": 0, "pretrain": 0, "held_out": 2}.get(name, int(isinstance(value, int)))
+            high = 1 if name in shares else 1e9
             if not isinstance(value, str) and not low <= value <= high:  # catches nan, too
                 raise DreamerError(f"{name} has to be between {low} and {high:.0f}, not {value}")
         if self.batch_length > min(self.prefill, self.capacity) or self.gamma == 0:
@@ -152,11 +144,6 @@ def symexp(x: Tensor) -> Tensor:
     """sign(x) (exp(|x|) - 1), the inverse of `symlog`."""
     return torch.sign(x) * torch.expm1(torch.abs(x))
 
-def twohot_bins() -> Tensor:
-    """The 255 values over which rewards and returns are spread: 0, and symexp-spaced to 4.85e8."""
-    half = symexp(torch.linspace(-20, 0, 128))
-    return torch.cat([half, -half[:-1].flip(0)])
-
 def twohot_encode(x: Tensor, bins: Tensor) -> Tensor:
     """x [...] -> weights [..., len(bins)] on the two bins around x, with mean x (DreamerV3)."""
     x = x.clamp(bins[0], bins[-1]).unsqueeze(-1)
@@ -172,8 +159,8 @@ def twohot_decode(logits: Tensor, bins: Tensor) -> Tensor:
     return (terms + terms.flip(-1)).sum(-1) / 2
 
 def init_weights(module: nn.Module) -> None:
-    """For `network.apply`: truncated normal weights of variance 1 / fan-in, zero biases.
-    PyTorch's own start has a third of this variance; the pole's angle then enters z much later."""
+    """For `network.apply`: truncated normal weights of variance 1 / fan-in, zero biases. With the
+    third of this variance that PyTorch starts from, the pole's angle enters z much later."""
     if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
         fan_in = module.weight[0].numel()
         if isinstance(module, nn.ConvTranspose2d):  # weight [in, out, k, k]
@@ -182,29 +169,26 @@ def init_weights(module: nn.Module) -> None:
         nn.init.trunc_normal_(module.weight, 0.0, std, -2 * std, 2 * std)
         nn.init.zeros_(module.bias)
 
-def dense(inputs: int, units: int) -> nn.Sequential:
-    """Linear layer, layer norm, SiLU."""
-    return nn.Sequential(nn.Linear(inputs, units), nn.LayerNorm(units), nn.SiLU())
-
 def mlp(inputs: int, units: int, layers: int, outputs: int, outscale: float = 1.0) -> nn.Sequential:
-    """So many dense layers, then a linear one whose weights start at `outscale` of the usual."""
-    hidden = [dense(units if i else inputs, units) for i in range(layers)]
+    """So many times linear, layer norm, SiLU; then linear, with weights `outscale` of the usual."""
+    widths = itertools.pairwise([inputs, *layers * [units]])
+    hidden = [m for a, b in widths for m in (nn.Linear(a, b), nn.LayerNorm(b), nn.SiLU())]
     network = nn.Sequential(*hidden, nn.Linear(units, outputs)).apply(init_weights)
     network[-1].weight.data *= outscale
     return network
 
 # %% 1.3 Pixel wrapper
-class PixelEnv(gym.Env):
+class PixelEnv(gym.ObservationWrapper):
     """Any registered Gymnasium environment, seen through its pixels: uint8 [size, size, 3], the
     rendered frame averaged over areas. Actions are the environment's own if Discrete; in [-1, 1],
     clipped and rescaled, if Box; repeated `action_repeat` times, with their rewards summed.
     Raises DreamerError for an unknown id, an environment without pixels, other action spaces."""
-    metadata, render_mode = {"render_modes": ["rgb_array"]}, "rgb_array"
+    spec = None  # gym.make would not give the same again
 
     def __init__(self, env_id: str, size: int = 64, action_repeat: int = 1):
         self.env_id, self.size, self.action_repeat = env_id, size, action_repeat
         try:
-            self.env = gym.make(env_id, render_mode="rgb_array", disable_env_checker=True)
+            super().__init__(gym.make(env_id, render_mode="rgb_array", disable_env_checker=True))
             self.reset()  # some environments find out only here that they cannot render
             space = self.env.action_space
             if isinstance(space, gym.spaces.Box) and space.is_bounded() and space.dtype.kind == "f":
@@ -213,14 +197,7 @@ class PixelEnv(gym.Env):
                 raise ValueError("its actions are neither Discrete nor a bounded Box")
         except Exception as error:  # whatever an environment raises
             raise DreamerError(f"--env {env_id}: {error}") from error
-        self.action_space, self.render = self.env.action_space, self.env.render
-        self.close = self.env.close
         self.observation_space = gym.spaces.Box(0, 255, (size, size, 3), np.uint8)
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None):
-        super().reset(seed=seed)
-        _, info = self.env.reset(seed=seed, options=options)
-        return self.pixels(), info
 
     def step(self, action):
         if isinstance(self.action_space, gym.spaces.Box):  # the actor's normal has tails
@@ -231,10 +208,10 @@ class PixelEnv(gym.Env):
             total += float(reward)
             if terminated or truncated:
                 break
-        return self.pixels(), total, terminated, truncated, info
+        return self.observation(), total, terminated, truncated, info
 
-    def pixels(self) -> np.ndarray:
-        """The frame now, averaged over areas: uint8 [size, size, 3]."""
+    def observation(self, observation=None) -> np.ndarray:
+        """The frame now, in place of the environment's own observation: uint8 [size, size, 3]."""
         frame = self.env.render()
         if getattr(frame, "dtype", None) != np.uint8 or frame.shape[2:] != (3,):
             raise ValueError("it cannot render uint8 frames [height, width, 3]")
@@ -248,36 +225,34 @@ class ChannelNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
-class Encoder(nn.Module):
+class Encoder(nn.Sequential):
     """Frames uint8 [..., 64, 64, 3] -> embeddings [..., E], E = 128 * depth."""
     def __init__(self, depth: int):
-        super().__init__()
         a, b, c = 2 * depth, 4 * depth, 8 * depth
-        self.layers = nn.Sequential(
+        super().__init__(
             nn.Conv2d(3, a, 8, stride=4, padding=2), ChannelNorm(a), nn.SiLU(),  # 64 -> 16
             nn.Conv2d(a, b, 4, stride=2, padding=1), ChannelNorm(b), nn.SiLU(),  # 16 -> 8
             nn.Conv2d(b, c, 4, stride=2, padding=1), ChannelNorm(c), nn.SiLU(),  # 8 -> 4
-            nn.Flatten(),
-        ).apply(init_weights)
+            nn.Flatten())
+        self.apply(init_weights)
 
     def forward(self, obs: Tensor) -> Tensor:
         x = obs.reshape(-1, *obs.shape[-3:]).permute(0, 3, 1, 2) / 255 - 0.5
-        return self.layers(x).unflatten(0, obs.shape[:-3])
+        return super().forward(x).unflatten(0, obs.shape[:-3])
 
-class Decoder(nn.Module):
+class Decoder(nn.Sequential):
     """Features [..., F] -> mean frames [..., 64, 64, 3] in [0, 1]."""
     def __init__(self, feat_size: int, depth: int):
-        super().__init__()
         a, b, c = 2 * depth, 4 * depth, 8 * depth
-        self.layers = nn.Sequential(
+        super().__init__(
             nn.Linear(feat_size, c * 4 * 4), nn.Unflatten(1, (c, 4, 4)), ChannelNorm(c), nn.SiLU(),
             nn.ConvTranspose2d(c, b, 4, stride=2, padding=1), ChannelNorm(b), nn.SiLU(),  # 4 -> 8
             nn.ConvTranspose2d(b, a, 4, stride=2, padding=1), ChannelNorm(a), nn.SiLU(),  # 8 -> 16
-            nn.ConvTranspose2d(a, 3, 8, stride=4, padding=2), nn.Sigmoid(),  # 16 -> 64
-        ).apply(init_weights)
+            nn.ConvTranspose2d(a, 3, 8, stride=4, padding=2), nn.Sigmoid())  # 16 -> 64
+        self.apply(init_weights)
 
     def forward(self, feat: Tensor) -> Tensor:
-        x = self.layers(feat.reshape(-1, feat.shape[-1]))
+        x = super().forward(feat.reshape(-1, feat.shape[-1]))
         return x.permute(0, 2, 3, 1).unflatten(0, feat.shape[:-1])
 
 # %% 1.5 RSSM
@@ -289,18 +264,19 @@ class RSSM(nn.Module):
     """Recurrent state-space model (PlaNet, arXiv:1811.04551) with categorical z (DreamerV2)."""
     def __init__(self, embed_size: int, action_size: int, config: Config):
         super().__init__()
-        self.hidden, self.groups, self.classes = config.hidden, config.groups, config.classes
-        self.unimix, D, z_size = config.unimix, config.hidden, config.groups * config.classes
-        self.inputs = dense(z_size + action_size, config.units)
-        self.gates = nn.Sequential(nn.Linear(config.units + D, 3 * D), nn.LayerNorm(3 * D))
+        self.groups, self.classes, self.unimix = config.groups, config.classes, config.unimix
+        D, Z, units = config.hidden, config.groups * config.classes, config.units
+        self.sizes = D, Z, action_size
+        self.inputs = nn.Sequential(
+            nn.Linear(Z + action_size, units), nn.LayerNorm(units), nn.SiLU())
+        self.gates = nn.Sequential(nn.Linear(units + D, 3 * D), nn.LayerNorm(3 * D))
         self.apply(init_weights)
-        self.prior_net = mlp(D, config.units, 1, z_size)
-        self.post_net = mlp(D + embed_size, config.units, 1, z_size)
+        self.prior_net = mlp(D, units, 1, Z)
+        self.post_net = mlp(D + embed_size, units, 1, Z)
 
     def initial(self, batch: int) -> Tensors:
-        """The state before an episode: zero h [batch, D] and z [batch, S*K]."""
-        zeros = self.gates[0].weight.new_zeros
-        return zeros(batch, self.hidden), zeros(batch, self.groups * self.classes)
+        """Before an episode: zero h [batch, D], z [batch, S*K] and action [batch, A]."""
+        return tuple(self.gates[0].weight.new_zeros(batch, size) for size in self.sizes)
 
     def recur(self, h: Tensor, z: Tensor, prev_action: Tensor) -> Tensor:
         """Eq. 1.1, a GRU with layer norm: h [., D], z [., S*K], action [., A] -> next h [., D]."""
@@ -317,9 +293,9 @@ class RSSM(nn.Module):
         probs = torch.softmax(logits.unflatten(-1, (self.groups, self.classes)), -1)
         return torch.log((1 - self.unimix) * probs + self.unimix / self.classes)
 
-    def prior_entropy(self, h: Tensor) -> Tensor:
-        """Entropy of the prior in nats, summed over the groups: h [., D] -> [.]."""
-        return torch.special.entr(self.log_probs(self.prior_net(h)).exp()).sum((-2, -1))
+    def prior(self, h: Tensor) -> Tensor:
+        """Eq. 1.3: h [., D] -> log-probabilities [., S, K] of z."""
+        return self.log_probs(self.prior_net(h))
 
     def sample(self, log_probs: Tensor) -> Tensor:
         """z [., S*K], one-hot in each group; its gradient goes straight through to [., S, K]."""
@@ -330,27 +306,25 @@ class RSSM(nn.Module):
     def img_step(self, h: Tensor, z: Tensor, action: Tensor) -> Tensors:
         """One step without a frame: the next h, and z from the prior."""
         h = self.recur(h, z, action)
-        return h, self.sample(self.log_probs(self.prior_net(h)))  # Eq. 1.3
+        return h, self.sample(self.prior(h))
 
-    def obs_step(
-        self, h: Tensor, z: Tensor, prev_action: Tensor, embed: Tensor, is_first: Tensor
-    ) -> Tensors:
+    def obs_step(self, h: Tensor, z: Tensor, prev_action: Tensor, embed: Tensor,
+                 is_first: Tensor) -> Tensors:
         """One step with a frame [., E]: the next h, z from the posterior, and the posterior.
         is_first [.] erases h, z and the action: nothing crosses the border of an episode."""
         keep = (~is_first).unsqueeze(-1)
         h = self.recur(h * keep, z * keep, prev_action * keep)
-        post = self.log_probs(self.post_net(torch.cat([h, embed], -1)))
-        return h, self.sample(post), post  # Eq. 1.2
+        post = self.log_probs(self.post_net(torch.cat([h, embed], -1)))  # Eq. 1.2
+        return h, self.sample(post), post
 
     def observe(self, embed: Tensor, prev_action: Tensor, is_first: Tensor) -> Tensors:
         """Sequences [B,T,...] -> h [B,T,D], z [B,T,S*K], posterior and prior [B,T,S,K]."""
-        h, z = self.initial(len(embed))  # in mid-episode, too: the first steps know little
-        steps = []
+        (h, z, _), steps = self.initial(len(embed)), []  # in mid-episode, too: it knows little yet
         for t in range(embed.shape[1]):
             h, z, post = self.obs_step(h, z, prev_action[:, t], embed[:, t], is_first[:, t])
             steps.append((h, z, post))
         h, z, post = (torch.stack(x, 1) for x in zip(*steps, strict=True))
-        return h, z, post, self.log_probs(self.prior_net(h))
+        return h, z, post, self.prior(h)
 
 # %% 1.6 Head for rewards and values
 class TwoHotHead(nn.Module):
@@ -358,7 +332,8 @@ class TwoHotHead(nn.Module):
     def __init__(self, feat_size: int, units: int, layers: int):
         super().__init__()
         self.net = mlp(feat_size, units, layers, 255, outscale=0.0)
-        self.register_buffer("bins", twohot_bins(), persistent=False)
+        half = symexp(torch.linspace(-20, 0, 128))  # the bins: 0, and symexp-spaced to 4.85e8
+        self.register_buffer("bins", torch.cat([half, -half[:-1].flip(0)]), persistent=False)
 
     def forward(self, feat: Tensor) -> Tensor:
         return twohot_decode(self.net(feat), self.bins)
@@ -392,31 +367,29 @@ class Critic(TwoHotHead):
 class ReplayBuffer:
     """The last `capacity` rows in the order in which they came; frames stay uint8, 12 kB each."""
     def __init__(self, capacity: int, action_size: int):
-        self.capacity, self.size, self.cursor = capacity, 0, 0  # cursor: where the next row goes
+        self.capacity, self.count = capacity, 0  # count: of the rows that ever came
         kinds = {"obs": ((64, 64, 3), np.uint8), "prev_action": ((action_size,), np.float32),
                  "reward": ((), np.float32), "terminated": ((), bool), "is_first": ((), bool)}
         # NumPy's zeros, unlike PyTorch's, take memory only when a row is first written
-        self.rows = {name: torch.from_numpy(np.zeros((capacity, *shape), kind))
-                     for name, (shape, kind) in kinds.items()}
+        self.rows = {k: np.zeros((capacity, *shape), kind) for k, (shape, kind) in kinds.items()}
 
-    def add(self, row: dict[str, Any]) -> None:
+    def add(self, row: dict) -> None:
         for name, value in row.items():
-            self.rows[name][self.cursor] = torch.as_tensor(value)
-        self.cursor = (self.cursor + 1) % self.capacity
-        self.size = min(self.size + 1, self.capacity)
+            self.rows[name][self.count % self.capacity] = value
+        self.count += 1
 
     def sample(self, batch_size: int, length: int, device: str = "cpu") -> Named:
         """[B, T, ...] windows of consecutive rows, uniform over where they can start. They run
         across episodes (is_first marks it), but never from the newest row to the oldest."""
-        start = torch.randint(self.size - length + 1, (batch_size, 1))
-        index = (self.cursor - self.size + start + torch.arange(length)) % self.capacity
-        return {name: rows[index].to(device) for name, rows in self.rows.items()}
+        size = min(self.count, self.capacity)
+        start = self.count - size + torch.randint(size - length + 1, (batch_size, 1)).numpy()
+        index = (start + np.arange(length)) % self.capacity
+        return {k: torch.from_numpy(rows[index]).to(device) for k, rows in self.rows.items()}
 
 # %% [markdown]
 # # Section 2: World Model Update
 # Encode a batch of real sequences, run the RSSM over them, and predict from every state (h, z)
 # what row t holds. The loss (Eq. 2.6) is the mean over B and T of the weighted sum of
-#
 # - Eq. 2.1 `recon = sum over pixels of (o_t - decoder(h_t, z_t))^2`
 # - Eq. 2.2 `reward = -ln p(r_t | h_t, z_t)`, a cross-entropy with the two-hot reward
 # - Eq. 2.3 `cont = -ln p(c_t | h_t, z_t)`, with `c_t = 1 - terminated_t`: a time limit ends nothing
@@ -448,16 +421,14 @@ class WorldModel(nn.Module):
         h, z, post, prior = self.rssm.observe(embed, batch["prev_action"], batch["is_first"])
         feat = torch.cat([h, z], -1)  # [B,T,F]
         error = self.decoder(feat) - batch["obs"] / 255  # [B,T,64,64,3]
-        cont = 1 - batch["terminated"].float()  # [B,T]
+        logit, cont = self.cont_head(feat).squeeze(-1), 1 - batch["terminated"].float()  # [B,T]
         free = self.config.free_nats  # clamp has no gradient where the KL is below it
         losses = {  # each [B,T]
             "recon": error.square().sum((-3, -2, -1)),  # Eq. 2.1
             "reward": self.reward_head.loss(feat, batch["reward"]),  # Eq. 2.2
-            "cont": F.binary_cross_entropy_with_logits(  # Eq. 2.3
-                self.cont_head(feat).squeeze(-1), cont, reduction="none"),
+            "cont": F.binary_cross_entropy_with_logits(logit, cont, reduction="none"),  # Eq. 2.3
             "dyn": kl_divergence(sg(post), prior).clamp(min=free),  # Eq. 2.4
-            "rep": kl_divergence(post, sg(prior)).clamp(min=free),  # Eq. 2.5
-        }
+            "rep": kl_divergence(post, sg(prior)).clamp(min=free)}  # Eq. 2.5
         assert all(loss.shape == cont.shape for loss in losses.values())
         total = sum(getattr(self.config, f"scale_{name}") * loss for name, loss in losses.items())
         metrics = {f"wm/{name}": loss.detach().mean() for name, loss in losses.items()}
@@ -466,16 +437,15 @@ class WorldModel(nn.Module):
 
 # %% 2.2 World model update step
 def gradient_step(loss: Tensor, name: str, agent: Agent, metrics: Named) -> Tensor:
-    """Move the weights of `agent.<name>` (4.1) and no others; returns the gradient's norm [].
+    """Move the weights that the loss of `name` reaches; returns the norm [] of its gradient.
     FloatingPointError, which names the guilty `metrics`, if loss or gradient is not finite."""
-    agent.optimizers[name].zero_grad()
+    agent.optimizer.zero_grad()  # to None: Adam does not move what has no gradient
     loss.backward()
-    parameters = getattr(agent, name).parameters()
-    norm = nn.utils.clip_grad_norm_(parameters, agent.config.max_grad_norm)
+    norm = nn.utils.clip_grad_norm_(agent.parameters(), agent.config.max_grad_norm)
     if not torch.isfinite(loss + norm):  # no weight has been touched
         terms = [key for key, value in metrics.items() if not torch.isfinite(value)]
         raise FloatingPointError(f"not finite: {', '.join(terms) or 'the gradient of ' + name}")
-    agent.optimizers[name].step()
+    agent.optimizer.step()
     return norm
 
 def update_world_model(agent: Agent, batch: Named) -> tuple[Tensor, Tensor, Named]:
@@ -490,7 +460,6 @@ def update_world_model(agent: Agent, batch: Named) -> tuple[Tensor, Tensor, Name
 # environment is asked. The critic learns what return v_t to expect in a dreamed state; an action
 # whose return beats v_t becomes more likely (REINFORCE: no gradient flows through the dream). The
 # slow critic, a trailing average of the critic, keeps its targets steady. With eta = `entropy`:
-#
 # - Eq. 3.1 `a_t ~ pi(. | h_t, z_t)`, `h_{t+1} = f(h_t, z_t, a_t)`, `z_{t+1} ~ p(. | h_{t+1})`
 # - Eq. 3.2 `R_t = r_{t+1} + gamma c_{t+1} ((1 - lam) v_{t+1} + lam R_{t+1})`, `R_H = v_H`
 # - Eq. 3.3 `w_t = c_0 (gamma c_1) ... (gamma c_t)`: the dream counts only while it is alive
@@ -499,9 +468,8 @@ def update_world_model(agent: Agent, batch: Named) -> tuple[Tensor, Tensor, Name
 # - Eq. 3.6 `critic loss = -w_t (ln p(R_t | h_t, z_t) + ln p(slow critic's v_t | h_t, z_t))`
 
 # %% 3.1 Imagination
-def imagine(
-    model: WorldModel, actor: Actor, h: Tensor, z: Tensor, horizon: int, given: Tensor | None = None
-) -> Tensors:
+def imagine(model: WorldModel, actor: Actor, h: Tensor, z: Tensor, horizon: int,
+            given: Tensor | None = None) -> Tensors:
     """h [N,D], z [N,S*K] -> features [H+1,N,F], the start first, and actions [H,N,A]: the actor's,
     or those that are `given`. Eq. 3.1."""
     feats, actions = [torch.cat([h, z], -1)], []  # [N,F]
@@ -515,60 +483,42 @@ def imagine(
 def lambda_return(reward: Tensor, value: Tensor, cont: Tensor, gamma: float, lam: float) -> Tensor:
     """Eq. 3.2: reward, value and cont [H+1, ...] of the states 0 to H -> R [H, ...] of 0 to H-1.
     Entry 0 of reward and cont belongs to the action before the dream, and is not used."""
-    assert reward.shape == value.shape == cont.shape
     returns = [value[-1]]
     for t in reversed(range(len(value) - 1)):
         mixed = (1 - lam) * value[t + 1] + lam * returns[-1]
         returns.append(reward[t + 1] + gamma * cont[t + 1] * mixed)
     return torch.stack(returns[:0:-1])  # in the order of time, without R_H
 
-# %% 3.3 Return normalisation, actor and critic losses
+# %% 3.3 Return normalisation
 def return_scale(return_range: Tensor, returns: Tensor, rate: float) -> Tensor:
     """Move the running [5th, 95th] percentile, in place, to returns [H,N]; scale []. Eq. 3.4."""
     percentiles = torch.quantile(returns.flatten(), returns.new_tensor([0.05, 0.95]))
     return_range.lerp_(percentiles, rate)
     return (return_range[1] - return_range[0]).clamp(min=1.0)
 
-def actor_loss(
-    actor: Actor, feat: Tensor, action: Tensor, advantage: Tensor, weight: Tensor, eta: float
-) -> Tensors:
-    """REINFORCE, Eq. 3.5: feat [H,N,F], action [H,N,A], others [H,N] -> loss [], entropy []."""
-    policy = actor(sg(feat))
-    entropy = policy.entropy()  # [H,N]
-    objective = sg(advantage) * policy.log_prob(sg(action)) + eta * entropy  # [H,N]
-    assert objective.shape == weight.shape
-    return -(sg(weight) * objective).mean(), entropy.detach().mean()
-
-def critic_loss(
-    critic: Critic, slow_critic: Critic, feat: Tensor, returns: Tensor, weight: Tensor
-) -> Tensor:
-    """Eq. 3.6: feat [H,N,F], returns and weight [H,N] -> loss []."""
-    loss = critic.loss(sg(feat), sg(returns), sg(slow_critic(feat)))  # [H,N]
-    assert loss.shape == weight.shape
-    return (sg(weight) * loss).mean()
-
-# %% 3.4 Behavior update step
+# %% 3.4 Actor and critic losses, behavior update step
 def update_behavior(agent: Agent, h: Tensor, z: Tensor) -> Named:
     """Dream from h [N,D] and z [N,S*K], then one step of the actor and one of the critic."""
     config, model, actor, critic = agent.config, agent.world_model, agent.actor, agent.critic
-    # REINFORCE sends no gradient through the dream: only log-probabilities, computed again below,
-    # carry it. That is why dreaming may run without a graph.
-    with torch.no_grad():
+    with torch.no_grad():  # allowed: REINFORCE needs the gradient of ln pi alone, computed below
         feat, action = imagine(model, actor, h, z, config.horizon)  # [H+1,N,F], [H,N,A]
-        reward, cont = model.predict(feat)  # [H+1,N], [H+1,N]
-        value = critic(feat)  # [H+1,N]
+        (reward, cont), value = model.predict(feat), critic(feat)  # each [H+1,N]
         returns = lambda_return(reward, value, cont, config.gamma, config.lam)  # [H,N]
         weight = torch.cumprod(config.gamma * cont[:-1], 0) / config.gamma  # [H,N] Eq. 3.3
         scale = return_scale(agent.return_range, returns, config.return_rate)  # []
-        advantage = (returns - value[:-1]) / scale  # [H,N]
-    feat = feat[:-1]  # [H,N,F]: the last state has no action
-    loss_actor, entropy = actor_loss(actor, feat, action, advantage, weight, config.entropy)
-    loss_critic = critic_loss(critic, agent.slow_critic, feat, returns, weight)
+    feat, advantage = feat[:-1], (returns - value[:-1]) / scale  # the last state has no action
+    policy = actor(sg(feat))
+    entropy = policy.entropy()  # [H,N]
+    gain = sg(advantage) * policy.log_prob(sg(action)) + config.entropy * entropy  # [H,N]
+    actor_loss = -(sg(weight) * gain).mean()  # Eq. 3.5
+    surprise = critic.loss(sg(feat), sg(returns), sg(agent.slow_critic(feat)))  # [H,N]
+    critic_loss = (sg(weight) * surprise).mean()  # Eq. 3.6
+    assert gain.shape == surprise.shape == weight.shape
     metrics = {
-        "ac/actor": loss_actor.detach(), "ac/critic": loss_critic.detach(), "ac/entropy": entropy,
+        "ac/actor": sg(actor_loss), "ac/critic": sg(critic_loss), "ac/entropy": sg(entropy).mean(),
         "ac/return": returns.mean(), "ac/value": value.mean(), "ac/return_scale": scale}
-    gradient_step(loss_actor, "actor", agent, metrics)
-    gradient_step(loss_critic, "critic", agent, metrics)
+    gradient_step(actor_loss, "actor", agent, metrics)
+    gradient_step(critic_loss, "critic", agent, metrics)
     with torch.no_grad():
         for slow, fast in zip(agent.slow_critic.parameters(), critic.parameters(), strict=True):
             slow.lerp_(fast, config.slow_rate)
@@ -593,21 +543,17 @@ class Agent(nn.Module):
         self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.register_buffer("return_range", torch.zeros(2))  # running 5th and 95th percentile
         self.to(config.device)
-        self.optimizers = {  # one each, so that a loss moves nothing but its own part
-            name: torch.optim.Adam(getattr(self, name).parameters(), config.lr, fused=True)
-            for name in ("world_model", "actor", "critic")}
+        self.optimizer = torch.optim.Adam(self.parameters(), config.lr, fused=True)
 
     @torch.no_grad()
     def act(self, obs: np.ndarray, state: Tensors | None = None, explore: bool = False) -> tuple:
         """Frame uint8 [64,64,3], state from the last call (None: first frame) -> the most likely
         action (a sample if `explore`) for `PixelEnv.step`, state (h, z, action [1,A]). The
         recursion is the one that trains: a frame goes in with the action that led to it."""
-        rssm, device = self.world_model.rssm, self.config.device
+        model, device = self.world_model, self.config.device
+        embed = model.encoder(torch.as_tensor(obs, device=device).unsqueeze(0))
         is_first = torch.tensor([state is None], device=device)
-        if state is None:
-            state = *rssm.initial(1), torch.zeros(1, self.action_size, device=device)
-        embed = self.world_model.encoder(torch.tensor(obs, device=device).unsqueeze(0))
-        h, z, _ = rssm.obs_step(*state, embed, is_first)
+        h, z, _ = model.rssm.obs_step(*(state or model.rssm.initial(1)), embed, is_first)
         policy = self.actor(torch.cat([h, z], -1))
         action = policy.sample() if explore else policy.mode
         return gym.spaces.unflatten(self.action_space, action[0].cpu().numpy()), (h, z, action)
@@ -617,38 +563,34 @@ def episode_seed(seed: int, number: int, evaluation: bool) -> int:
     """Training episodes have even seeds, evaluation episodes odd ones: they never meet."""
     return 2 * (1_000_000 * seed + number) + evaluation
 
-def play(env: PixelEnv, act: Callable, seed: int, past: tuple | list = (), state: Any = None):
+def play(env: PixelEnv, act: Callable, seed: int):
     """An episode of `act(obs, state) -> (action, state)`; yields rows of the time diagram, is_last.
-    The actions in `past` are taken first, unseen: so a resumed run returns to mid-episode."""
+    DreamerError, which says where, for whatever goes wrong in the environment."""
     env.action_space.seed(seed)
-    action, prev_action = None, np.zeros(gym.spaces.flatdim(env.action_space), np.float32)
+    action, state, prev_action = None, None, np.zeros(gym.spaces.flatdim(env.action_space))
     for step in itertools.count():
         try:
-            if step == 0:
-                obs, reward, terminated, truncated = env.reset(seed=seed)[0], 0.0, False, False
-            else:
-                obs, reward, terminated, truncated, _ = env.step(action)
-                prev_action = gym.spaces.flatten(env.action_space, action)  # one-hot if Discrete
+            obs, reward, terminated, truncated, *_ = env.step(action) if step else (
+                env.reset(seed=seed)[0], 0.0, False, False)
             if not np.isfinite(reward):
                 raise ValueError(f"the reward is {reward}")
         except Exception as error:  # whatever an environment raises
             where = f"{env.env_id}, episode with seed {seed}, step {step}"
             raise DreamerError(f"{where}: {error!r}") from error
-        row = dict(prev_action=prev_action, obs=obs, reward=reward, terminated=terminated)
         is_last = terminated or truncated  # a time limit ends the episode, but is not terminated
-        if not past or step > len(past):
-            yield row | {"is_first": step == 0}, is_last
+        yield dict(prev_action=prev_action, obs=obs, reward=reward, terminated=terminated,
+                   is_first=step == 0), is_last
         if is_last:
-            assert step >= len(past), "an environment that is not a function of seed and actions"
             return
-        action, state = (past[step], state) if step < len(past) else act(obs, state)
+        action, state = act(obs, state)
+        prev_action = gym.spaces.flatten(env.action_space, action)  # one-hot if Discrete
 
 # %% 4.3 A run, which can stop and go on
 CHECKPOINTS = "checkpoint.pt.gz", "checkpoint-before.pt.gz"  # the newest, and the one before
 
 class Run:
     """A training run: `progress`, and what else `save` writes, is all that there is of it."""
-    progress = ("step", "updates", "episodes", "past", "rewards", "state", "values", "lines", "age")
+    progress = ("step", "updates", "episodes", "past", "score", "state", "values", "lines")
 
     def __init__(self, config: Config, folder: Path):
         self.config, self.folder, self.start = config, folder, time.monotonic()
@@ -656,53 +598,49 @@ class Run:
         torch.manual_seed(config.seed)
         self.agent = Agent(self.env.action_space, config)
         self.replay = ReplayBuffer(config.capacity, self.agent.action_size)
-        self.step = self.updates = self.episodes = self.age = self.signal = 0
-        self.episode, self.past, self.rewards, self.state = None, [], [], None  # the one under way
+        self.step = self.updates = self.episodes = self.score = self.signal = 0
+        self.past, self.state = [], None  # actions of the episode under way; state of the agent
         self.values, self.lines = {}, []  # metrics since the last line; lines of metrics.jsonl
 
-    def act(self, obs: np.ndarray, state: Tensors | None) -> tuple:
-        """At random until the prefill ends; then the agent, which takes over with a zero state."""
-        if self.step < self.config.prefill:  # seeded by the step, for runs that are resumed
-            self.env.action_space.seed(episode_seed(self.config.seed, self.step, evaluation=False))
-            return self.env.action_space.sample(), None
-        action, self.state = self.agent.act(obs, state, explore=True)
-        return action, self.state
+    def episode(self):
+        """An episode into the replay buffer, from where the run is; yields after every step.
+        A resumed run first takes the actions in `past` again, to come back into its episode."""
+        space, again, seed = self.env.action_space, [*self.past], self.config.seed
 
-    def environment_step(self) -> None:
-        """One step into the replay buffer; the first of an episode brings the reset's row along."""
-        if self.episode is None:
-            past = [gym.spaces.unflatten(self.env.action_space, x.numpy()) for x in self.past]
-            seed = episode_seed(self.config.seed, self.episodes, evaluation=False)
-            self.episode = play(self.env, self.act, seed, past, self.state)
-            if not past:
-                self.replay.add(next(self.episode)[0])
-        row, is_last = next(self.episode)
-        self.replay.add(row)
-        self.step += 1
-        self.past.append(torch.as_tensor(row["prev_action"]))
-        self.rewards.append(row["reward"])
-        if is_last:
-            self.log({"env/return": sum(self.rewards), "env/length": len(self.rewards)})
-            self.episodes += 1
-            self.episode, self.past, self.rewards, self.state = None, [], [], None
+        def act(obs: np.ndarray, _) -> tuple:
+            if again:
+                return gym.spaces.unflatten(space, again.pop(0).numpy()), None
+            if self.step < self.config.prefill:  # seeded by the step, for runs that are resumed
+                space.seed(episode_seed(seed, self.step, evaluation=False))
+                return space.sample(), None
+            action, self.state = self.agent.act(obs, self.state, explore=True)
+            return action, None
+
+        rows = play(self.env, act, episode_seed(seed, self.episodes, evaluation=False))
+        for row, is_last in itertools.islice(rows, len(again) + bool(again), None):
+            self.replay.add(row)
+            if row["is_first"]:  # no step has been made
+                continue
+            self.step, self.score = self.step + 1, self.score + row["reward"]
+            self.past.append(torch.from_numpy(row["prev_action"]))
+            if is_last:
+                self.log({"env/return": self.score, "env/length": len(self.past)})
+            yield
+        self.episodes, self.score, self.past, self.state = self.episodes + 1, 0, [], None
 
     def update(self) -> None:
         """An update of the world model and, after `pretrain` of those, one of the behavior."""
         config, left = self.config, max(0, 1 - self.step / self.config.steps)
-        for optimizer in self.agent.optimizers.values():
-            decay = min(1, left / config.lr_decay) if config.lr_decay else 1
-            optimizer.param_groups[0]["lr"] = config.lr * decay
+        decay = min(1, left / config.lr_decay) if config.lr_decay else 1
+        self.agent.optimizer.param_groups[0]["lr"] = config.lr * decay
         batch = self.replay.sample(config.batch_size, config.batch_length, config.device)
-        try:
-            h, z, metrics = update_world_model(self.agent, batch)
-            if self.updates >= config.pretrain:
-                metrics |= update_behavior(self.agent, h, z)
-        except FloatingPointError as error:
-            raise DreamerError(f"step {self.step}, update {self.updates}: {error}") from error
+        h, z, metrics = update_world_model(self.agent, batch)
+        if self.updates >= config.pretrain:
+            metrics |= update_behavior(self.agent, h, z)
         self.updates += 1
         self.log(metrics)
 
-    def log(self, metrics: dict[str, Any]) -> None:
+    def log(self, metrics: dict) -> None:
         for name, value in metrics.items():
             self.values.setdefault(name, []).append(float(value))
         shown = ("env/return", "wm/recon", "wm/kl", "ac/actor", "ac/critic", "ac/entropy")
@@ -710,41 +648,35 @@ class Run:
         self.bar.update(self.step - self.bar.n)
 
     def report(self, finished: bool) -> None:
-        """Evaluate if it is time for it; write a line: the means since the line before."""
-        if finished or self.step % self.config.eval_every == 0:
-            episodes, seed = self.config.eval_episodes, self.config.seed
-            self.log(evaluate(self.agent, episodes, seed, self.folder))
-        elif self.step % self.config.log_every:
+        """If they are due: an evaluation, a line of metrics.jsonl with the means since the last."""
+        config, seconds = self.config, time.monotonic() - self.start
+        if finished or self.step % config.eval_every == 0:
+            self.log(evaluate(self.agent, config.eval_episodes, config.seed, self.folder))
+        elif self.step % config.log_every:
             return
-        self.grow_older()
-        line = {"env/step": self.step, "env/episodes": self.episodes, "wm/updates": self.updates}
+        line = {"env/step": self.step, "env/episodes": self.episodes, "wm/updates": self.updates,
+                "time/seconds": seconds, "time/env_steps_per_second": self.step / seconds,
+                "time/updates_per_second": self.updates / seconds}
         line |= {name: float(np.mean(values)) for name, values in self.values.items()}
-        line |= {"time/seconds": self.age, "time/env_steps_per_second": self.step / self.age,
-                 "time/updates_per_second": self.updates / self.age}
         self.lines, self.values = [*self.lines, line], {}
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
         draw_curves(self.lines, self.folder / "curves.png")
 
-    def grow_older(self) -> None:
-        self.age, self.start = self.age + time.monotonic() - self.start, time.monotonic()
-
     def save(self) -> None:
         """checkpoint.pt.gz, written beside and renamed when whole; the one before stays with it."""
-        self.grow_older()
-        size, new, path = self.replay.size, self.folder / "new.pt.gz", self.folder / CHECKPOINTS[0]
-        rows = {name: x.numpy()[:size] for name, x in self.replay.rows.items()}  # shares its memory
+        new, newest, before = (self.folder / name for name in ("new.pt.gz", *CHECKPOINTS))
+        rows = {k: torch.from_numpy(x[: self.replay.count]) for k, x in self.replay.rows.items()}
         with gzip.open(new, "wb", compresslevel=1) as file:
             torch.save({
-                "config": asdict(self.config), "agent": self.agent.state_dict(),
-                "optimizers": {k: x.state_dict() for k, x in self.agent.optimizers.items()},
+                "config": asdict(self.config), "seconds": time.monotonic() - self.start,
+                "agent": self.agent.state_dict(), "optimizer": self.agent.optimizer.state_dict(),
                 "random": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
                 "progress": {name: getattr(self, name) for name in self.progress},
-                "rows": {name: torch.from_numpy(x) for name, x in rows.items()},
-                "replay": {"size": size, "cursor": self.replay.cursor}}, file)
-        if path.exists():
-            path.replace(self.folder / CHECKPOINTS[1])
-        new.replace(path)
+                "rows": rows, "count": self.replay.count}, file)
+        if newest.exists():
+            newest.replace(before)
+        new.replace(newest)
 
     def load(self) -> None:
         """Go on from the checkpoint in the folder."""
@@ -753,25 +685,24 @@ class Run:
             if name != "steps" and value != getattr(self.config, name):
                 raise DreamerError(f"{name} was {value}, and cannot change when a run is resumed")
         self.agent.load_state_dict(state["agent"])
-        for name, optimizer in self.agent.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
+        self.agent.optimizer.load_state_dict(state["optimizer"])
         for name, x in state["rows"].items():
             self.replay.rows[name][: len(x)] = x
-        vars(self.replay).update(state["replay"])
+        self.replay.count, self.start = state["count"], self.start - state["seconds"]
         vars(self).update(state["progress"])
         self.state = self.state and tuple(x.to(self.config.device) for x in self.state)
         torch.set_rng_state(state["random"][0])
         torch.cuda.set_rng_state_all(state["random"][1:])
 
-    def stop(self, number: int, frame: Any) -> None:
-        """For a signal: stop where the run can be saved; at the second one, at once."""
-        if self.signal:
-            raise KeyboardInterrupt
+    def stop(self, number: int, _) -> None:
+        """For a signal: stop where the run can be saved; at a Ctrl-C after it, at once."""
         self.signal = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def loop(self) -> None:
         """Act, update, report, until all steps are made or a signal comes."""
-        saved, config = time.monotonic(), self.config
+        config, saved = self.config, -np.inf
+        steps = itertools.chain.from_iterable(iter(self.episode, None))  # one after the other
         ratio = config.train_ratio / (config.batch_size * config.batch_length)  # updates in a step
         while True:
             due = config.pretrain + int(ratio * (self.step - config.prefill))
@@ -789,7 +720,7 @@ class Run:
                 self.report(finished)
             if finished:
                 return
-            self.environment_step()
+            next(steps)
 
 # %% 4.4 Training
 def train(config: Config, resume: str | Path | None = None) -> Path:
@@ -799,31 +730,30 @@ def train(config: Config, resume: str | Path | None = None) -> Path:
     Raises DreamerError, before anything is written, for what is wrong with the config."""
     name = re.sub("[^A-Za-z0-9._-]", "-", f"{config.env}-{config.seed}")
     folder = Path(resume or Path(config.runs) / name)
-    if not resume and folder.exists():
+    if not resume and any((folder / file).exists() for file in ("metrics.jsonl", *CHECKPOINTS)):
         raise DreamerError(f"{folder} exists: --resume it, or choose another seed or runs")
-    need, free = 12_500 * min(config.capacity, 2 * config.steps), virtual_memory().available
+    need, free = 12.5e-6 * min(config.capacity, 2 * config.steps), virtual_memory().available / 1e9
     if need > free:
-        raise DreamerError(f"the replay buffer will need {need / 1e9:.1f} GB of memory, and "
-                           f"{free / 1e9:.1f} GB are free: lower --capacity")
+        raise DreamerError(f"replay needs {need:.1f} of {free:.1f} GB of memory: lower --capacity")
     run = Run(config, folder)
-    saved = any((folder / name).exists() for name in CHECKPOINTS)
-    if config.init_from and not saved:
+    if config.init_from and not resume:
         init_from(run.agent, config.init_from)
     folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(FileLock(folder / "in-use.lock", timeout=0))  # one process at a time
-        if saved:
+    run.bar = tqdm(total=config.steps, unit="step", mininterval=0.5, miniters=0, dynamic_ncols=True)
+    with FileLock(folder / "in-use.lock", timeout=0), run.bar:  # one process at a time
+        if resume:
             run.load()
-        (folder / "config.new").write_text(json.dumps(asdict(config), indent=2) + "\n")
-        (folder / "config.new").replace(folder / "config.json")
-        lines = "".join(json.dumps(line) + "\n" for line in run.lines)
-        (folder / "metrics.jsonl").write_text(lines)  # without those after the checkpoint
-        for number in (signal.SIGINT, signal.SIGTERM):  # taken here, and given back in the end
-            stack.callback(signal.signal, number, signal.signal(number, run.stop))
-        run.bar = stack.enter_context(tqdm(
-            total=config.steps, initial=run.step, unit="step", mininterval=0.5, miniters=0,
-            dynamic_ncols=True))
-        run.loop()
+            lines = "".join(json.dumps(line) + "\n" for line in run.lines)
+            (folder / "metrics.jsonl").write_text(lines)  # without those after the checkpoint
+        (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+        handlers = {x: signal.signal(x, run.stop) for x in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            run.loop()
+        except FloatingPointError as error:
+            raise DreamerError(f"step {run.step}, update {run.updates}: {error}") from error
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
     if run.signal:
         draw_curves(run.lines, folder / "curves.png")
         print(f"stopped at step {run.step} of {config.steps}, and saved; to go on: "
@@ -834,12 +764,13 @@ def train(config: Config, resume: str | Path | None = None) -> Path:
 # %% 4.5 Files and curves
 def read_checkpoint(path: str | Path) -> dict:
     """A checkpoint file, or the newest in a run's folder that is whole: gzip's checksum tells.
-    Runs no code from the file. Raises DreamerError if there is none."""
+    Runs no code from the file. Raises DreamerError if there is none, or of another version."""
     path, problems = Path(path), []
     for file in [path / name for name in CHECKPOINTS] if path.is_dir() else [path]:
         try:
             with gzip.open(file) as packed:
                 state = torch.load(packed, map_location="cpu", weights_only=True)
+            Config(**state["config"] | {"device": "cpu"})  # TypeError: another version wrote it
             if problems:
                 print(f"{problems[0]}; took {file} in its place", file=sys.stderr)
             return state
@@ -849,50 +780,36 @@ def read_checkpoint(path: str | Path) -> dict:
 
 def load_agent(path: str | Path, device: str = "auto") -> Agent:
     """The agent in a run's folder or checkpoint file, ready for `agent.act` and `evaluate`.
-    Raises DreamerError if there is no whole one, or if another program wrote it."""
+    Raises DreamerError if there is no whole one."""
     state = read_checkpoint(path)
-    try:
-        config = Config(**state["config"] | {"device": device})
-        agent = Agent(PixelEnv(config.env).action_space, config)
-        agent.load_state_dict(state["agent"])
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise DreamerError(f"{path} is of another version of dreamer.py: {error}") from error
+    config = Config(**state["config"] | {"device": device})
+    agent = Agent(PixelEnv(config.env).action_space, config)
+    agent.load_state_dict(state["agent"])
     return agent
 
 def init_from(agent: Agent, path: str) -> None:
-    """Start from what a file holds of encoder, rssm, decoder, heads, actor or critic: the weights
-    of one, several as {"rssm": weights, ...}, or a run's checkpoint. Prints what was loaded."""
-    weights, parts = {}, dict(agent.world_model.named_children(), **dict(agent.named_children()))
+    """Start from the weights in a .pt file, {name: state_dict}, of any of encoder, rssm, decoder,
+    reward_head, cont_head, actor and critic. Prints what is loaded, and what does not fit."""
+    parts = dict(agent.world_model.named_children(), actor=agent.actor, critic=agent.critic)
     try:
-        of_torch = Path(path).suffix in (".pt", ".pth")
-        saved = torch.load(path, "cpu", weights_only=True) if of_torch else read_checkpoint(path)
-        for key, x in saved.get("agent", saved).items():
-            weights |= {f"{key}.{k}": v for k, v in x.items()} if isinstance(x, dict) else {key: x}
+        saved = torch.load(path, "cpu", weights_only=True)
+        if not saved.keys() & parts.keys():
+            raise ValueError(f"it holds none of {', '.join(parts)}")
+        for name in saved.keys() & parts.keys():
+            own, new = ({(k, x.shape) for k, x in weights.items()}
+                        for weights in (parts[name].state_dict(), saved[name]))
+            if own == new:  # all of a part, or nothing
+                parts[name].load_state_dict(saved[name])
+            wrong = ", ".join(sorted({key for key, _ in own ^ new}))
+            print(f"{path}: {name}", f"does not fit: {wrong}" if wrong else "is loaded")
     except Exception as error:  # a damaged file raises any of a dozen types
         raise DreamerError(f"--init-from {path}: {error!r}") from error
-    loaded = 0
-    for name in ("encoder", "rssm", "decoder", "reward_head", "cont_head", "actor", "critic"):
-        own = {key.rpartition(f"{name}.")[2]: x for key, x in weights.items()
-               if f".{name}." in f".{key}"}
-        if weights.keys() == parts[name].state_dict().keys():
-            own = weights
-        try:
-            copy.deepcopy(parts[name]).load_state_dict(own)  # so that it is all or nothing
-            parts[name].load_state_dict(own)
-            loaded += 1
-            print(f"{path}: {name} is loaded")
-        except RuntimeError as error:
-            reason = f"does not fit: {error}" if own else "is not in it"
-            print(f"{path}: {name}", " ".join(reason.split()))
-    if not loaded:
-        raise DreamerError(f"--init-from {path} holds nothing that fits")
     agent.slow_critic.load_state_dict(agent.critic.state_dict())
 
 def draw_curves(lines: list[dict], path: Path) -> None:
-    """curves.png from the lines of metrics.jsonl: a panel a line below, over environment steps."""
+    """curves.png from the lines of metrics.jsonl: the panels below, over environment steps."""
     panels = {
-        "episode return": ["env/return", "eval/return"],
-        "reconstruction loss": ["wm/recon"],
+        "episode return": ["env/return", "eval/return"], "reconstruction loss": ["wm/recon"],
         "KL of posterior and prior, nats": ["wm/dyn", "wm/rep", "wm/kl"],
         "actor entropy, nats": ["ac/entropy"],
         "correlation of dreamed and real": ["eval/reward_rho", "eval/return_rho"],
@@ -902,8 +819,8 @@ def draw_curves(lines: list[dict], path: Path) -> None:
         for key in keys:
             points = [(x["env/step"], x[key], x.get(f"{key}_std", 0)) for x in lines if key in x]
             axes.errorbar(*np.reshape(points, (-1, 3)).T, marker=".", label=key)
-        axes.set(xlabel="environment steps", ylabel=label)
-        axes.set_yscale("log" if "wm/recon" in keys else "linear")
+        scale = "log" if "wm/recon" in keys else "linear"
+        axes.set(xlabel="environment steps", ylabel=label, yscale=scale)
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=100)
@@ -913,7 +830,6 @@ def draw_curves(lines: list[dict], path: Path) -> None:
 # Does the dream match the world, in episodes that were never trained on? From states that saw the
 # frames the prior dreams on, K steps, under the actions that were really taken. A hat marks what
 # was dreamed; alive_k is 1 until the real episode has terminated, then 0 (and any action goes).
-#
 # - Eq. 5.1 `reward_rho = corr(hat c_1 ... hat c_{k-1} hat r_k, alive_{k-1} r_k)`, over all k <= H
 # - Eq. 5.2 `return_rho`: the same, of sums over k <= H discounted by `gamma^{k-1}`
 # - Eq. 5.3 `reward_error_k`: mean difference of the two rewards of Eq. 5.1, k = 1, 5, 15, 50
@@ -934,9 +850,9 @@ def evaluate(agent: Agent, episodes: int = 20, seed: int = 0, folder: Path | Non
     if episodes < 1:
         raise DreamerError(f"episodes has to be at least 1, not {episodes}")
     env, returns = PixelEnv(agent.config.env, action_repeat=agent.config.action_repeat), []
-    held_out, policy_rows = ReplayBuffer(agent.config.held_out, agent.action_size), 0
+    held_out = ReplayBuffer(agent.config.held_out, agent.action_size)
 
-    def policy_then_random(obs: np.ndarray, state: Any) -> tuple:
+    def policy_then_random(obs: np.ndarray, state) -> tuple:
         if state == "random" or torch.rand(()) < 0.02:  # after 50 steps, on average
             return env.action_space.sample(), "random"
         return agent.act(obs, state)
@@ -944,15 +860,16 @@ def evaluate(agent: Agent, episodes: int = 20, seed: int = 0, folder: Path | Non
     bar = tqdm(total=episodes, desc="evaluation", unit="episode", leave=False)
     with bar, torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        while (number := len(returns)) < episodes or held_out.size < held_out.capacity:
+        while (number := len(returns)) < episodes or held_out.count < held_out.capacity:
             by_policy = number < episodes
             act = agent.act if by_policy else policy_then_random
             returns.append(0.0)
             for row, _ in play(env, act, episode_seed(seed, number, evaluation=True)):
                 returns[-1] += row["reward"]
-                if held_out.size < held_out.capacity // (1 + by_policy):
+                if held_out.count < held_out.capacity // (1 + by_policy):
                     held_out.add(row)
-            policy_rows = held_out.size if by_policy else policy_rows
+            if by_policy:
+                policy_rows = held_out.count
             bar.update(by_policy)
         metrics = dream_metrics(agent, held_out.rows, policy_rows, folder)
     env.close()
@@ -997,49 +914,47 @@ def value_and_return(agent: Agent, rows: Named, feat: Tensor) -> Tensors:
     return value[:-1][~first[1:]], came[~first[1:]]
 
 @torch.no_grad()
-def dream_metrics(agent: Agent, rows: Named, policy_rows: int, folder: Path | None = None) -> dict:
+def dream_metrics(agent: Agent, rows: dict, policy_rows: int, folder: Path | None = None) -> dict:
     """Eq. 5.1 to 5.7 on held-out rows [L,...]; the first `policy_rows` are the policy's alone."""
-    model, H, metrics = agent.world_model, agent.config.horizon, {}
-    rows = {name: values.to(agent.config.device) for name, values in rows.items()}
-    obs, ends, episode = rows["obs"], rows["terminated"], rows["is_first"].cumsum(0)  # [L,...]
-    sequence = model.encoder(obs)[None], rows["prev_action"][None], rows["is_first"][None]
-    h, z, _, _ = model.rssm.observe(*sequence)  # [1,L,D], [1,L,S*K]
-    h, z, feat = h[0], z[0], torch.cat([h, z], -1)[0]  # [L,D], [L,S*K], [L,F]
+    model, H, gamma, metrics = agent.world_model, agent.config.horizon, agent.config.gamma, {}
+    rows = {name: torch.as_tensor(x).to(agent.config.device) for name, x in rows.items()}
+    obs, ends, first = rows["obs"], rows["terminated"], rows["is_first"]  # [L,...]
+    h, z, *_ = model.rssm.observe(model.encoder(obs)[None], rows["prev_action"][None], first[None])
+    h, z, episode = h[0], z[0], first.cumsum(0)  # [L,D], [L,S*K], [L]
     start = policy_rows + (~ends[policy_rows:]).nonzero()[::2, 0]  # [N]: every second row
     dream, row, lasted = dream_along(agent, rows, h, z, start, max(H, 50))  # [K+1,N,F]
     known = lasted | torch.isin(episode, episode[ends])[start]  # [K+1,N]: after the end, too
     reward, cont = model.predict(dream)  # [K+1,N]
     cont[0] = 1  # at the start the episode is alive
-    dreamed = cont.cumprod(0)[:-1] * reward[1:]  # [K,N]
-    real = (rows["reward"][row] * lasted)[1:]  # [K,N]
-    sure, discount = known[1 : H + 1], agent.config.gamma ** torch.arange(H, device=h.device)
+    dreamed, real = cont.cumprod(0)[:-1] * reward[1:], (rows["reward"][row] * lasted)[1:]  # [K,N]
+    sure, discount = known[1 : H + 1], gamma ** torch.arange(H, device=h.device)
     metrics["reward_rho"] = correlation(dreamed[:H][sure], real[:H][sure])  # Eq. 5.1
     sums = [(discount @ x[:H])[sure[-1]] for x in (dreamed, real)]
     metrics["return_rho"] = correlation(*sums)  # Eq. 5.2
     mean = obs.float().mean(0) / 255
     for k in (1, 5, 15, 50):
-        error = (dreamed - real)[k - 1][known[k]].abs()
-        metrics[f"reward_error_{k}"] = error.mean().item()  # Eq. 5.3
+        metrics[f"reward_error_{k}"] = (dreamed - real)[k - 1][known[k]].abs().mean()  # Eq. 5.3
         guesses = {"": model.decoder(dream[k]), "_repeat": obs[start] / 255, "_mean": mean}
         for name, guess in guesses.items():
-            error = (guess - obs[row[k]] / 255).square().sum((-3, -2, -1))[lasted[k]]
-            metrics[f"pixel_error{name}_{k}"] = error.mean().item()  # Eq. 5.4
+            error = (guess - obs[row[k]] / 255).square().sum((-3, -2, -1))  # [N]
+            metrics[f"pixel_error{name}_{k}"] = error[lasted[k]].mean()  # Eq. 5.4
     imagined, _ = imagine(model, agent.actor, h[start], z[start], H)  # [H+1,N,F]
     policy = agent.actor(imagined[:-1]).entropy()  # [H,N]
-    latent = model.rssm.prior_entropy(imagined[1:, :, : h.shape[1]])  # [H,N]
-    value, came = value_and_return(agent, rows, feat[:policy_rows])
-    real_feat, dream_feat = feat[row[H][lasted[H]]], dream[H][lasted[H]]  # [M,F]
-    metrics |= {
-        "policy_entropy": policy.mean().item(), "latent_entropy": latent.mean().item(),
-        "trajectory_entropy": (policy + latent).sum(0).mean().item(),  # Eq. 5.5
-        "latent_fid": frechet_distance(real_feat[::2], dream_feat[1::2]),  # Eq. 5.6
-        "latent_fid_floor": frechet_distance(real_feat[::2], real_feat[1::2]),
-        "value": value.mean().item(), "value_real": came.mean().item(),
-        "value_error": (value - came).abs().mean().item()}  # Eq. 5.7
-    if folder and len(real_feat) > 1:
+    prior = model.rssm.prior(imagined[1:, :, : h.shape[1]])  # [H,N,S,K]
+    latent = torch.special.entr(prior.exp()).sum((-2, -1))  # [H,N]
+    metrics |= {"policy_entropy": policy.mean(), "latent_entropy": latent.mean()}
+    metrics["trajectory_entropy"] = (policy + latent).sum(0).mean()  # Eq. 5.5
+    feat = torch.cat([h, z], -1)  # [L,F]
+    real, dreamed = feat[row[H][lasted[H]]], dream[H][lasted[H]]  # [M,F]
+    metrics["latent_fid"] = frechet_distance(real[::2], dreamed[1::2])  # Eq. 5.6
+    metrics["latent_fid_floor"] = frechet_distance(real[::2], real[1::2])
+    value, came = value_and_return(agent, rows, feat[:policy_rows])  # [.]
+    metrics |= {"value": value.mean(), "value_real": came.mean()}
+    metrics["value_error"] = (value - came).abs().mean()  # Eq. 5.7
+    if folder and len(real) > 1:
         draw_dream(agent, rows, h, z, folder / "dream.gif")
-        draw_latents(agent, real_feat, dream_feat, folder / "latents.png")
-    return metrics
+        draw_latents(agent, real, dreamed, folder / "latents.png")
+    return {name: float(x) for name, x in metrics.items()}
 
 # %% 5.3 Pictures
 def draw_dream(agent: Agent, rows: Named, h: Tensor, z: Tensor, path: Path) -> None:
@@ -1066,48 +981,43 @@ def draw_dream(agent: Agent, rows: Named, h: Tensor, z: Tensor, path: Path) -> N
 def draw_latents(agent: Agent, real: Tensor, dreamed: Tensor, path: Path) -> None:
     """latents.png: features [M,F] after H steps, on the two principal components of the real."""
     components = torch.linalg.svd(real - real.mean(0), full_matrices=False).Vh[:2].T  # [F,2]
-    low, high = (x.item() for x in agent.critic(real).aminmax())
+    low, high = agent.critic(real).aminmax()
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
     for axes, name, feat in zip(panels, ("real", "dreamed"), (real, dreamed), strict=True):
         x, y = ((feat - real.mean(0)) @ components).T.cpu()
-        dots = axes.scatter(x, y, 6, agent.critic(feat).cpu(), vmin=low, vmax=high)
+        dots = axes.scatter(x, y, 6, agent.critic(feat).cpu(), vmin=low.item(), vmax=high.item())
         axes.set(title=f"{name} states, {agent.config.horizon} steps on",
                  xlabel="first principal component", ylabel="second principal component")
     figure.colorbar(dots, ax=panels, label="predicted value")
     figure.savefig(path, dpi=100)
 
 # %% 5.4 The dream as an environment
-class DreamEnv(gym.Env):
+class DreamEnv(PixelEnv):
     """The learned world as a Gymnasium environment: a real first frame, and then only dreams. The
     prior, the reward head and the continue head (by chance) make a step; the decoder `render`, the
     observation, too: uint8 [64, 64, 3]. There is no time limit."""
-    metadata, render_mode = {"render_modes": ["rgb_array"], "render_fps": 30}, "rgb_array"
-
     def __init__(self, agent: Agent):
-        self.agent, config = agent, agent.config
-        self.real = real = PixelEnv(config.env, action_repeat=config.action_repeat)
-        self.close = real.close
-        self.action_space, self.observation_space = real.action_space, real.observation_space
+        self.agent = agent
+        super().__init__(agent.config.env, action_repeat=agent.config.action_repeat)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
-        super().reset(seed=seed)
-        obs, info = self.real.reset(seed=seed, options=options)
-        with torch.random.fork_rng():  # so that nobody else's random numbers are used up
-            torch.manual_seed(int(self.np_random.integers(2**31)))
-            _, (self.h, self.z, _) = self.agent.act(obs)
-        self.feat = torch.cat([self.h, self.z], -1)  # [1,F]
-        return self.render(), info
+        obs, info = super().reset(seed=seed, options=options)
+        return self.move(lambda: self.agent.act(obs)[1]), info
 
-    @torch.no_grad()
     def step(self, action):
-        action = torch.as_tensor(gym.spaces.flatten(self.action_space, action)).to(self.h)
-        with torch.random.fork_rng():
-            torch.manual_seed(int(self.np_random.integers(2**31)))
-            self.h, self.z = self.agent.world_model.rssm.img_step(self.h, self.z, action[None])
-        self.feat = torch.cat([self.h, self.z], -1)
+        action = torch.as_tensor(gym.spaces.flatten(self.action_space, action)).to(self.h)[None]
+        obs = self.move(lambda: self.agent.world_model.rssm.img_step(self.h, self.z, action))
         reward, cont = self.agent.world_model.predict(self.feat)
-        return self.render(), reward.item(), self.np_random.random() > cont.item(), False, {}
+        return obs, reward.item(), self.np_random.random() > cont.item(), False, {}
+
+    def move(self, step: Callable) -> np.ndarray:
+        """To the h and z that `step` returns, by random numbers of the environment's own; frame."""
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(int(self.np_random.integers(2**31)))
+            self.h, self.z, *_ = step()
+        self.feat = torch.cat([self.h, self.z], -1)  # [1,F]
+        return self.render()
 
     @torch.no_grad()
     def render(self) -> np.ndarray:
@@ -1119,12 +1029,12 @@ class SideBySide(DreamEnv):
         if action is None:
             mode = self.agent.actor(self.feat).mode[0].detach().cpu().numpy()
             action = gym.spaces.unflatten(self.action_space, mode)
-        *_, terminated, truncated, _ = self.real.step(action)
+        *_, terminated, truncated, _ = PixelEnv.step(self, action)
         obs, reward, ended, _, info = super().step(action)
         return obs, reward, terminated or ended, truncated, info
 
     def render(self) -> np.ndarray:
-        return np.hstack([self.real.pixels(), super().render()])
+        return np.hstack([self.observation(), super().render()])
 
 def play_dream(agent: Agent) -> None:
     """A window in which the arrow keys act, in dream and environment; without a key, the agent."""
@@ -1132,20 +1042,20 @@ def play_dream(agent: Agent) -> None:
         raise DreamerError("--play needs a screen, and there is none here")
     from gymnasium.utils.play import play  # it takes hold of a screen when it is imported
 
-    space, keys = agent.action_space, (pygame.K_LEFT, pygame.K_RIGHT, pygame.K_DOWN, pygame.K_UP)
-    axes = np.eye(agent.action_size, dtype=np.float32).reshape(-1, *space.shape)
-    actions = [sign * axis for axis in axes for sign in (-1, 1)]
-    if isinstance(space, gym.spaces.Discrete):
-        actions = range(space.start, space.start + space.n)
-    keys_to_action = {(key,): action for key, action in zip(keys, actions, strict=False)}
-    play(SideBySide(agent), zoom=6, keys_to_action=keys_to_action, noop=None)
+    keys = pygame.K_LEFT, pygame.K_RIGHT, pygame.K_DOWN, pygame.K_UP
+    moves = np.eye(agent.action_size)
+    if isinstance(agent.action_space, gym.spaces.Box):
+        moves = np.kron(moves, [[-1], [1]])  # two keys for each axis
+    actions = {(key,): gym.spaces.unflatten(agent.action_space, move)
+               for key, move in zip(keys, moves, strict=False)}
+    play(SideBySide(agent), zoom=6, keys_to_action=actions, noop=None)
     pygame.quit()
 
 # %% Command line
 def make_parser() -> argparse.ArgumentParser:
     """An option for each field of `Config`; help and groups are the comments in its source."""
     parser = argparse.ArgumentParser(
-        prog="dreamer.py", usage="python dreamer.py [--OPTION VALUE ...]", allow_abbrev=False,
+        "dreamer.py", "python dreamer.py [--OPTION VALUE ...]", allow_abbrev=False,
         description="Train Dreamer from pixels; or look at, or go on with, what was trained.")
     parser.error = lambda message: parser.exit(2, f"dreamer.py: error: {message}\n")
     group = parser.add_argument_group("a run's folder, in place of training a new one")
@@ -1168,28 +1078,23 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns 0, 2 after one line of what to put right, 130 after Ctrl-C."""
-    options = vars(make_parser().parse_args(argv))
-    resume, evaluated, episodes, as_json, played = (
-        options.pop(name) for name in ("resume", "eval", "episodes", "json", "play"))
+    given = vars(make_parser().parse_args(argv))
+    resume, path, run, episodes, as_json = map(
+        given.pop, ("resume", "eval", "play", "episodes", "json"))
     try:
-        if evaluated or played:
-            agent = load_agent(evaluated or played, options.get("device", "auto"))
-        if played:
-            play_dream(agent)
-        elif evaluated:
-            metrics = evaluate(agent, episodes, Config(**options).seed)
+        if run:
+            play_dream(load_agent(run, given.get("device", "auto")))
+        elif path:
+            agent = load_agent(path, given.get("device", "auto"))
+            metrics = evaluate(agent, episodes, Config(**given).seed)
             lines = [f"{name:28} {value:.4g}" for name, value in metrics.items()]
             print(json.dumps(metrics) if as_json else "\n".join(lines))
         else:
-            saved = json.loads((Path(resume) / "config.json").read_text()) if resume else {}
-            try:
-                config = Config(**saved | options)
-            except TypeError as error:
-                raise DreamerError(f"{resume} is of another version: {error}") from error
-            folder = train(config, resume)
+            saved = read_checkpoint(resume)["config"] if resume else {}
+            folder = train(Config(**saved | given), resume)
             print(f"Results are in {folder}. Next: python dreamer.py --eval {folder}")
         return 0
-    except (DreamerError, OSError, json.JSONDecodeError) as error:
+    except (DreamerError, OSError) as error:
         print("dreamer.py: error:", " ".join(str(error).split()), file=sys.stderr)  # one line
         return 2
     except KeyboardInterrupt:
@@ -1200,7 +1105,6 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     if "ipykernel" not in sys.modules:
         sys.exit(main())
-    from IPython.display import Image as Picture  # opened as a notebook: train, show the curves
-    from IPython.display import display
+    from IPython import display  # opened as a notebook: train, show the curves
 
-    display(Picture(train(Config()) / "curves.png"))
+    display.display(display.Image(train(Config()) / "curves.png"))
