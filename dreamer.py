@@ -38,8 +38,10 @@ import itertools
 import json
 import os
 import re
+import shlex
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -124,7 +126,7 @@ class Config:
         self.device = best if self.device == "auto" else self.device
         shares = ("unimix", "gamma", "lam", "slow_rate", "return_rate", "lr_decay")
         for name, value in asdict(self).items():
-            low = {"seed": 0, "pretrain": 0, "held_out": 2}.get(name, int(isinstance(value, int)))
+            low = {"seed": 0, "pretrain": 0, "held_out": 4}.get(name, int(isinstance(value, int)))
             high = 1 if name in shares else 1e9
             if not isinstance(value, str) and not low <= value <= high:  # catches nan, too
                 raise DreamerError(f"{name} has to be between {low} and {high:.0f}, not {value}")
@@ -182,6 +184,7 @@ class PixelEnv(gym.ObservationWrapper):
     """Any registered Gymnasium environment, seen through its pixels: uint8 [size, size, 3], the
     rendered frame averaged over areas. Actions are the environment's own if Discrete; in [-1, 1],
     clipped and rescaled, if Box; repeated `action_repeat` times, with their rewards summed.
+    Episodes without a time limit of their own are cut after 1,000 of the environment's steps.
     Raises DreamerError for an unknown id, an environment without pixels, other action spaces."""
     spec = None  # gym.make would not give the same again
 
@@ -190,6 +193,8 @@ class PixelEnv(gym.ObservationWrapper):
         try:
             super().__init__(gym.make(env_id, render_mode="rgb_array", disable_env_checker=True))
             self.reset()  # some environments find out only here that they cannot render
+            if self.env.spec.max_episode_steps is None:  # else an evaluation might never end
+                self.env = gym.wrappers.TimeLimit(self.env, 1_000)
             space = self.env.action_space
             if isinstance(space, gym.spaces.Box) and space.is_bounded() and space.dtype.kind == "f":
                 self.env = gym.wrappers.RescaleAction(self.env, np.float32(-1), np.float32(1))
@@ -623,10 +628,11 @@ class Run:
                 continue
             self.step, self.score = self.step + 1, self.score + row["reward"]
             self.past.append(torch.from_numpy(row["prev_action"]))
-            if is_last:
-                self.log({"env/return": self.score, "env/length": len(self.past)})
-            yield
+            if not is_last:
+                yield
+        self.log({"env/return": self.score, "env/length": len(self.past)})
         self.episodes, self.score, self.past, self.state = self.episodes + 1, 0, [], None
+        yield
 
     def update(self) -> None:
         """An update of the world model and, after `pretrain` of those, one of the behavior."""
@@ -684,6 +690,8 @@ class Run:
         for name, value in state["config"].items():
             if name != "steps" and value != getattr(self.config, name):
                 raise DreamerError(f"{name} was {value}, and cannot change when a run is resumed")
+        if self.config.steps < state["progress"]["step"]:
+            raise DreamerError(f"the run has made {state['progress']['step']} steps already")
         self.agent.load_state_dict(state["agent"])
         self.agent.optimizer.load_state_dict(state["optimizer"])
         for name, x in state["rows"].items():
@@ -695,9 +703,10 @@ class Run:
         torch.cuda.set_rng_state_all(state["random"][1:])
 
     def stop(self, number: int, _) -> None:
-        """For a signal: stop where the run can be saved; at a Ctrl-C after it, at once."""
+        """For a signal: stop where the run can be saved; at a second one, at once."""
         self.signal = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def loop(self) -> None:
         """Act, update, report, until all steps are made or a signal comes."""
@@ -746,7 +755,9 @@ def train(config: Config, resume: str | Path | None = None) -> Path:
             lines = "".join(json.dumps(line) + "\n" for line in run.lines)
             (folder / "metrics.jsonl").write_text(lines)  # without those after the checkpoint
         (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
-        handlers = {x: signal.signal(x, run.stop) for x in (signal.SIGINT, signal.SIGTERM)}
+        main_thread = threading.current_thread() is threading.main_thread()  # it alone may do this
+        numbers = (signal.SIGINT, signal.SIGTERM) if main_thread else ()
+        handlers = {number: signal.signal(number, run.stop) for number in numbers}
         try:
             run.loop()
         except FloatingPointError as error:
@@ -757,7 +768,7 @@ def train(config: Config, resume: str | Path | None = None) -> Path:
     if run.signal:
         draw_curves(run.lines, folder / "curves.png")
         print(f"stopped at step {run.step} of {config.steps}, and saved; to go on: "
-              f"python dreamer.py --resume {folder}", file=sys.stderr)
+              f"python dreamer.py --resume {shlex.quote(str(folder))}", file=sys.stderr)
         raise SystemExit(128 + run.signal)
     return folder
 
@@ -961,6 +972,8 @@ def draw_dream(agent: Agent, rows: Named, h: Tensor, z: Tensor, path: Path) -> N
     """dream.gif: truth, dream and difference in four episodes; 5 frames are seen, 45 dreamed."""
     first = rows["is_first"].nonzero()[:, 0]
     first = first[:-1][first.diff() > 4]  # those that last
+    if len(first) == 0:
+        return
     first = first[torch.linspace(0, len(first) - 1, 4).long()]
     seen = first + torch.arange(4, device=first.device).unsqueeze(1)  # [4,4]
     dream, row, lasted = dream_along(agent, rows, h, z, first + 4, 45)  # begins with the fifth
@@ -1060,9 +1073,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.error = lambda message: parser.exit(2, f"dreamer.py: error: {message}\n")
     group = parser.add_argument_group("a run's folder, in place of training a new one")
     one = group.add_mutually_exclusive_group()
-    one.add_argument("--resume", metavar="RUN", help="go on where it was stopped, to --steps")
-    one.add_argument("--eval", metavar="RUN", help="measure its agent on unseen episodes")
-    one.add_argument("--play", metavar="RUN", help="step into its dream, with the arrow keys")
+    for name, text in (("resume", "go on where it was stopped, to --steps"),
+                       ("eval", "measure its agent on unseen episodes"),
+                       ("play", "step into its dream, with the arrow keys")):
+        one.add_argument(f"--{name}", metavar="RUN", type=Path, help=text)
     group.add_argument("--episodes", metavar="INT", type=int, default=20, help="of --eval (20)")
     group.add_argument("--json", action="store_true", help="--eval prints one JSON object")
     for line in inspect.getsource(Config).splitlines():
@@ -1092,7 +1106,8 @@ def main(argv: list[str] | None = None) -> int:
         else:
             saved = read_checkpoint(resume)["config"] if resume else {}
             folder = train(Config(**saved | given), resume)
-            print(f"Results are in {folder}. Next: python dreamer.py --eval {folder}")
+            quoted = shlex.quote(str(folder))
+            print(f"Results are in {quoted}. Next: python dreamer.py --eval {quoted}")
         return 0
     except (DreamerError, OSError) as error:
         print("dreamer.py: error:", " ".join(str(error).split()), file=sys.stderr)  # one line

@@ -2,6 +2,7 @@
 
 import __future__
 
+import concurrent.futures
 import contextlib
 import itertools
 import json
@@ -234,6 +235,24 @@ def test_an_id_may_name_the_module_to_import(tmp_path, monkeypatch):
     assert obs.shape == (64, 64, 3)
     folder = train(Config(**SMALL, env="late_module:Late-v0", steps=2, runs=str(tmp_path)))
     assert folder.name == "late_module-Late-v0-0"  # Windows allows no colon
+
+
+class Endless(Counting):
+    """Never ends by itself."""
+
+    def __init__(self, render_mode=None):
+        super().__init__(render_mode, length=10**9)
+
+    def render(self):
+        return np.full((64, 64, 3), self.t % 250, np.uint8)
+
+
+gym.register("Endless-v0", Endless)
+
+
+def test_an_episode_without_an_end_is_cut():
+    *_, (row, is_last) = play(PixelEnv("Endless-v0"), lambda obs, state: (5, None), seed=0)
+    assert row["reward"] == 1_000 and is_last and not row["terminated"]
 
 
 def test_training_and_evaluation_never_share_an_episode():
@@ -646,7 +665,8 @@ def lines_of(folder):
 
 
 def test_same_seed_same_metrics_and_checkpoint_round_trip(tmp_path):
-    runs = [train(Config(**SMALL, steps=130, seed=s, runs=str(tmp_path / d))) for s, d in
+    config = dict(SMALL, steps=130, eval_every=1_000)
+    runs = [train(Config(**config, seed=s, runs=str(tmp_path / d))) for s, d in
             [(3, "a"), (3, "b"), (4, "c")]]
     first, again, other = map(lines_of, runs)
     assert [line["env/step"] for line in first] == [50, 100, 130]
@@ -671,8 +691,8 @@ def test_an_evaluation_of_no_episodes_is_refused(agent):
 
 
 def test_continuous_actions_train_too(tmp_path):
-    config = Config(**SMALL, env="Pendulum-v1", steps=220, runs=str(tmp_path), action_repeat=2)
-    agent = load_agent(train(config))
+    config = dict(SMALL, env="Pendulum-v1", action_repeat=2, steps=120, eval_every=1_000)
+    agent = load_agent(train(Config(**config, runs=str(tmp_path))))
     env = PixelEnv("Pendulum-v1")
     action, _ = agent.act(env.reset(seed=0)[0])
     assert env.action_space.contains(action)
@@ -717,6 +737,8 @@ BAD_INPUT = [
     (["--env", "Buttons-v0"], "neither Discrete nor a bounded Box"),
     (["--device", "tpu"], "no device tpu"),
     (["--eval", "nowhere"], "nowhere is no checkpoint"),
+    (["--eval", ""], "no checkpoint"),
+    (["--resume", ""], "no checkpoint"),
     (["--eval", "broken.pt"], "broken.pt is no checkpoint"),
     (["--eval", "foreign.pt"], "foreign.pt is no checkpoint"),
     (["--runs", "occupied"], "exists: --resume it, or choose another seed or runs"),
@@ -900,6 +922,8 @@ def test_a_resumed_run_may_have_more_steps_and_nothing_else(undisturbed, tmp_pat
     config = dict(SMALL, device="cpu", runs=str(tmp_path))
     folder = train(Config(**config, steps=100))
     assert [line["env/step"] for line in lines_of(folder)] == [50, 100]
+    with pytest.raises(DreamerError, match="has made 100 steps already"):
+        train(Config(**config, steps=99), folder)
     with pytest.raises(DreamerError, match="hidden was 16, and cannot change"):
         train(Config(**dict(config, hidden=32), steps=200), folder)
     train(Config(**config, steps=200), folder)
@@ -907,8 +931,35 @@ def test_a_resumed_run_may_have_more_steps_and_nothing_else(undisturbed, tmp_pat
     same_run(undisturbed, folder)
 
 
+def test_a_run_in_another_thread_leaves_the_signals_alone(tmp_path):
+    config = Config(**SMALL, env="Counting-v0", steps=3, runs=str(tmp_path))
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        folder = pool.submit(train, config).result()
+    line = lines_of(folder)[-1]
+    assert line["env/step"] == 3 and line["env/episodes"] == 0
+
+
+def test_an_episode_that_ends_at_a_report_is_counted_in_it(tmp_path):
+    config = dict(SMALL, env="Counting-v0", steps=8, log_every=4, runs=str(tmp_path))
+    folder = train(Config(**config))
+    assert [line["env/episodes"] for line in lines_of(folder)] == [1, 2]
+    assert [line["env/return"] for line in lines_of(folder)] == [1 + 2 + 3 + 4] * 2
+
+
+def test_an_environment_that_goes_another_way_on_resume_does_not_hang(tmp_path):
+    config = dict(SMALL, env="Counting-v0", runs=str(tmp_path))
+    folder = train(Config(**config, steps=7))
+    gym.registry["Counting-v0"].kwargs["length"] = 2  # it had made 3 steps in its episode
+    try:
+        train(Config(**config, steps=11), folder)
+    finally:
+        del gym.registry["Counting-v0"].kwargs["length"]
+    assert lines_of(folder)[-1]["env/step"] == 11
+
+
 def test_a_resumed_run_in_a_full_buffer_and_with_box_actions_is_exact(tmp_path):
-    config = dict(SMALL, env="Pendulum-v1", device="cpu", capacity=70, steps=120)
+    config = dict(SMALL, env="Pendulum-v1", device="cpu", capacity=70, steps=120,
+                  eval_every=1_000)
     whole = train(Config(**config, runs=str(tmp_path / "a")))
     half = train(Config(**dict(config, steps=90), runs=str(tmp_path / "a" / "b")))
     config["runs"] = str(tmp_path / "a" / "b")
@@ -1216,6 +1267,17 @@ def test_a_correlation_that_does_not_exist_is_left_out_and_said(capsys):
     assert "eval/reward_rho" not in metrics and "eval/latent_entropy" in metrics
     assert all(np.isfinite(value) for value in metrics.values())
     assert "not defined on these episodes: reward_rho, return_rho" in capsys.readouterr().err
+
+
+gym.register("Brief-v0", Counting, kwargs={"length": 2})
+
+
+def test_the_smallest_held_out_set_and_episodes_too_short_for_a_film_do_no_harm(tmp_path):
+    for env, held_out, horizon in [("CartPole-v1", 4, 5), ("Brief-v0", 60, 1)]:
+        config = Config(**dict(SMALL, held_out=held_out, horizon=horizon), env=env)
+        agent = Agent(PixelEnv(env).action_space, config)
+        assert np.isfinite(list(evaluate(agent, 1, 0, tmp_path).values())).all()
+    assert not (tmp_path / "dream.gif").exists()
 
 
 def test_pictures_show_five_frames_seen_and_forty_five_dreamed(undisturbed):
