@@ -541,8 +541,8 @@ def test_the_behavior_losses_are_those_of_the_equations(agent, monkeypatch):
         returns = np.transpose([brute_force_return(*x, gamma, lam) for x in columns])
         scale = max(1.0, 0.01 * (np.quantile(returns, 0.95) - np.quantile(returns, 0.05)))
         log_probs = agent.critic.net(feat[:-1]).log_softmax(-1)
-        targets = twohot_encode(torch.tensor(returns).float(), BINS) + twohot_encode(slow, BINS)
-        fits = (targets * log_probs).sum(-1).tolist()
+        targets = torch.stack([torch.tensor(returns.copy()).float(), slow])
+        fits = (twohot_encode(targets, BINS).sum(0) * log_probs).sum(-1).tolist()
         actor_loss = critic_loss = 0.0
         for n in range(N):
             weight = 1.0
@@ -922,6 +922,10 @@ def test_a_resumed_run_may_have_more_steps_and_nothing_else(undisturbed, tmp_pat
     config = dict(SMALL, device="cpu", runs=str(tmp_path))
     folder = train(Config(**config, steps=100))
     assert [line["env/step"] for line in lines_of(folder)] == [50, 100]
+    run, saved = dreamer.Run(Config(**config, steps=100), folder), dreamer.read_checkpoint(folder)
+    run.load()
+    assert saved["progress"]["past"]  # it stopped in mid-episode, so it has to remember
+    assert all(torch.equal(*x) for x in zip(run.state, saved["progress"]["state"], strict=True))
     with pytest.raises(DreamerError, match="has made 100 steps already"):
         train(Config(**config, steps=99), folder)
     with pytest.raises(DreamerError, match="hidden was 16, and cannot change"):
