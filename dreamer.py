@@ -511,7 +511,7 @@ def update_behavior(agent: Agent, h: Tensor, z: Tensor) -> Named:
         returns = lambda_return(reward, value, cont, config.gamma, config.lam)  # [H,N]
         weight = torch.cumprod(config.gamma * cont[:-1], 0) / config.gamma  # [H,N] Eq. 3.3
         scale = return_scale(agent.return_range, returns, config.return_rate)  # []
-    feat, advantage = feat[:-1], (returns - value[:-1]) / scale  # the last state has no action
+    feat, advantage = feat[:-1], (returns - value[:-1]) / scale  # [H,N,F], [H,N]: no action in H
     policy = actor(sg(feat))
     entropy = policy.entropy()  # [H,N]
     gain = sg(advantage) * policy.log_prob(sg(action)) + config.entropy * entropy  # [H,N]
@@ -520,8 +520,9 @@ def update_behavior(agent: Agent, h: Tensor, z: Tensor) -> Named:
     critic_loss = (sg(weight) * surprise).mean()  # Eq. 3.6
     assert gain.shape == surprise.shape == weight.shape
     metrics = {
-        "ac/actor": sg(actor_loss), "ac/critic": sg(critic_loss), "ac/entropy": sg(entropy).mean(),
-        "ac/return": returns.mean(), "ac/value": value.mean(), "ac/return_scale": scale}
+        "ac/actor": actor_loss.detach(), "ac/critic": critic_loss.detach(),
+        "ac/entropy": entropy.detach().mean(), "ac/return": returns.mean(),
+        "ac/value": value.mean(), "ac/return_scale": scale}
     gradient_step(actor_loss, "actor", agent, metrics)
     gradient_step(critic_loss, "critic", agent, metrics)
     with torch.no_grad():
