@@ -38,12 +38,12 @@ import itertools
 import json
 import os
 import re
-import shlex
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -75,6 +75,7 @@ class DreamerError(Exception):
 @dataclass
 class Config:
     """The options of a run, and of the command line; DreamerError for a number out of its range."""
+    # the run
     env: str = "CartPole-v1"  # Gymnasium id; module:Id imports the module first
     seed: int = 0  # seed of weights, actions, batches and episodes
     steps: int = 10_000  # environment steps of the run, as the agent counts them
@@ -159,6 +160,10 @@ def twohot_decode(logits: Tensor, bins: Tensor) -> Tensor:
     pairs: the huge outer ones cancel, and zero logits give exactly 0."""
     terms = torch.softmax(logits, -1) * bins
     return (terms + terms.flip(-1)).sum(-1) / 2
+
+def fork_rng(device: str) -> AbstractContextManager:
+    """A block whose random numbers leave those of the rest of the program as they were."""
+    return torch.random.fork_rng(range(torch.cuda.device_count()) if device == "cuda" else [])
 
 def init_weights(module: nn.Module) -> None:
     """For `network.apply`: truncated normal weights of variance 1 / fan-in, zero biases. With the
@@ -305,7 +310,8 @@ class RSSM(nn.Module):
     def sample(self, log_probs: Tensor) -> Tensor:
         """z [., S*K], one-hot in each group; its gradient goes straight through to [., S, K]."""
         probs = log_probs.exp()
-        drawn = (sg(probs) / torch.empty_like(probs).exponential_()).argmax(-1)  # ~ probs
+        # A race of exponential clocks: class k comes first with probability probs[k]
+        drawn = (sg(probs) / torch.empty_like(probs).exponential_()).argmax(-1)
         return (F.one_hot(drawn, self.classes) + probs - sg(probs)).flatten(-2)
 
     def img_step(self, h: Tensor, z: Tensor, action: Tensor) -> Tensors:
@@ -324,7 +330,7 @@ class RSSM(nn.Module):
 
     def observe(self, embed: Tensor, prev_action: Tensor, is_first: Tensor) -> Tensors:
         """Sequences [B,T,...] -> h [B,T,D], z [B,T,S*K], posterior and prior [B,T,S,K]."""
-        (h, z, _), steps = self.initial(len(embed)), []  # in mid-episode, too: it knows little yet
+        (h, z, _), steps = self.initial(len(embed)), []  # a window in mid-episode starts so, too
         for t in range(embed.shape[1]):
             h, z, post = self.obs_step(h, z, prev_action[:, t], embed[:, t], is_first[:, t])
             steps.append((h, z, post))
@@ -623,7 +629,8 @@ class Run:
             return action, None
 
         rows = play(self.env, act, episode_seed(seed, self.episodes, evaluation=False))
-        for row, is_last in itertools.islice(rows, len(again) + bool(again), None):
+        known = len(again) + bool(again)  # rows of these actions, and the first: already in replay
+        for row, is_last in itertools.islice(rows, known, None):
             self.replay.add(row)
             if row["is_first"]:  # no step has been made
                 continue
@@ -674,11 +681,12 @@ class Run:
         """checkpoint.pt.gz, written beside and renamed when whole; the one before stays with it."""
         new, newest, before = (self.folder / name for name in ("new.pt.gz", *CHECKPOINTS))
         rows = {k: torch.from_numpy(x[: self.replay.count]) for k, x in self.replay.rows.items()}
+        cuda = torch.cuda.get_rng_state_all() if self.config.device == "cuda" else []
         with gzip.open(new, "wb", compresslevel=1) as file:
             torch.save({
                 "config": asdict(self.config), "seconds": time.monotonic() - self.start,
                 "agent": self.agent.state_dict(), "optimizer": self.agent.optimizer.state_dict(),
-                "random": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
+                "random": [torch.get_rng_state(), *cuda],
                 "progress": {name: getattr(self, name) for name in self.progress},
                 "rows": rows, "count": self.replay.count}, file)
         if newest.exists():
@@ -689,7 +697,7 @@ class Run:
         """Go on from the checkpoint in the folder."""
         state = read_checkpoint(self.folder)
         for name, value in state["config"].items():
-            if name != "steps" and value != getattr(self.config, name):
+            if name not in ("steps", "device") and value != getattr(self.config, name):
                 raise DreamerError(f"{name} was {value}, and cannot change when a run is resumed")
         if self.config.steps < state["progress"]["step"]:
             raise DreamerError(f"the run has made {state['progress']['step']} steps already")
@@ -701,7 +709,8 @@ class Run:
         vars(self).update(state["progress"])
         self.state = self.state and tuple(x.to(self.config.device) for x in self.state)
         torch.set_rng_state(state["random"][0])
-        torch.cuda.set_rng_state_all(state["random"][1:])
+        if self.config.device == "cuda":
+            torch.cuda.set_rng_state_all(state["random"][1:])
 
     def stop(self, number: int, _) -> None:
         """For a signal: stop where the run can be saved; at a second one, at once."""
@@ -712,16 +721,16 @@ class Run:
     def loop(self) -> None:
         """Act, update, report, until all steps are made or a signal comes."""
         config, saved = self.config, -np.inf
-        steps = itertools.chain.from_iterable(iter(self.episode, None))  # one after the other
+        steps = itertools.chain.from_iterable(iter(self.episode, None))  # without end
         ratio = config.train_ratio / (config.batch_size * config.batch_length)  # updates in a step
         while True:
             due = config.pretrain + int(ratio * (self.step - config.prefill))
             behind = self.step >= config.prefill and self.updates < due
-            finished = self.step >= config.steps and not behind
-            if self.signal or finished or time.monotonic() > saved + config.save_every:
+            finished, stopped = self.step >= config.steps and not behind, self.signal
+            if stopped or finished or time.monotonic() > saved + config.save_every:
                 self.save()  # the one place where a run stops, and so the one from which it goes on
                 saved = time.monotonic()
-            if self.signal:
+            if stopped:
                 return
             if behind:
                 self.update()
@@ -769,7 +778,7 @@ def train(config: Config, resume: str | Path | None = None) -> Path:
     if run.signal:
         draw_curves(run.lines, folder / "curves.png")
         print(f"stopped at step {run.step} of {config.steps}, and saved; to go on: "
-              f"python dreamer.py --resume {shlex.quote(str(folder))}", file=sys.stderr)
+              f'python dreamer.py --resume "{folder}"', file=sys.stderr)
         raise SystemExit(128 + run.signal)
     return folder
 
@@ -807,7 +816,7 @@ def init_from(agent: Agent, path: str) -> None:
         saved = torch.load(path, "cpu", weights_only=True)
         if not saved.keys() & parts.keys():
             raise ValueError(f"it holds none of {', '.join(parts)}")
-        for name in saved.keys() & parts.keys():
+        for name in filter(saved.__contains__, parts):
             own, new = ({(k, x.shape) for k, x in weights.items()}
                         for weights in (parts[name].state_dict(), saved[name]))
             if own == new:  # all of a part, or nothing
@@ -857,8 +866,8 @@ def draw_curves(lines: list[dict], path: Path) -> None:
 def evaluate(agent: Agent, episodes: int = 20, seed: int = 0, folder: Path | None = None) -> dict:
     """The metrics of this section as `eval/...`, without those that are not defined. Returns are
     sums of rewards of `episodes` unseen episodes, played with the most likely actions. `held_out`
-    rows are kept: one half of these episodes, for Eq. 5.7; one of further ones, for the others, in
-    which random actions take over. Pictures go to `folder`. Leaves the random state as it was."""
+    rows are kept: the first half from these (Eq. 5.7), the rest from further ones in which random
+    actions take over (the others). Pictures go to `folder`. Leaves the random state as it was."""
     if episodes < 1:
         raise DreamerError(f"episodes has to be at least 1, not {episodes}")
     env, returns = PixelEnv(agent.config.env, action_repeat=agent.config.action_repeat), []
@@ -870,7 +879,7 @@ def evaluate(agent: Agent, episodes: int = 20, seed: int = 0, folder: Path | Non
         return agent.act(obs, state)
 
     bar = tqdm(total=episodes, desc="evaluation", unit="episode", leave=False)
-    with bar, torch.random.fork_rng(range(torch.cuda.device_count())):
+    with bar, fork_rng(agent.config.device):
         torch.manual_seed(seed)
         while (number := len(returns)) < episodes or held_out.count < held_out.capacity:
             by_policy = number < episodes
@@ -919,7 +928,7 @@ def value_and_return(agent: Agent, rows: Named, feat: Tensor) -> Tensors:
     """Eq. 5.7: critic's values and the returns that came [.], of rows [P,...] that the policy made.
     Where a time limit ended an episode, the value of its last state stands for what is not seen."""
     first, value = rows["is_first"][: len(feat)], agent.critic(feat)
-    # The first row of an episode hands the value of the last row before it back to that row
+    # An episode's first row gets the last value of the one before as its reward: a bootstrap
     reward = torch.where(first, value.roll(1), rows["reward"][: len(feat)])
     cont = (~first & ~rows["terminated"][: len(feat)]).float()
     came = lambda_return(reward, value, cont, agent.config.gamma, lam=1.0)
@@ -935,7 +944,7 @@ def dream_metrics(agent: Agent, rows: dict, policy_rows: int, folder: Path | Non
     h, z, episode = h[0], z[0], first.cumsum(0)  # [L,D], [L,S*K], [L]
     start = policy_rows + (~ends[policy_rows:]).nonzero()[::2, 0]  # [N]: every second row
     dream, row, lasted = dream_along(agent, rows, h, z, start, max(H, 50))  # [K+1,N,F]
-    known = lasted | torch.isin(episode, episode[ends])[start]  # [K+1,N]: after the end, too
+    known = lasted | torch.isin(episode, episode[ends])[start]  # [K+1,N]: after a real end, too
     reward, cont = model.predict(dream)  # [K+1,N]
     cont[0] = 1  # at the start the episode is alive
     dreamed, real = cont.cumprod(0)[:-1] * reward[1:], (rows["reward"][row] * lasted)[1:]  # [K,N]
@@ -1012,7 +1021,7 @@ class DreamEnv(PixelEnv):
     prior, the reward head and the continue head (by chance) make a step; the decoder `render`, the
     observation, too: uint8 [64, 64, 3]. There is no time limit."""
     def __init__(self, agent: Agent):
-        self.agent = agent
+        self.agent = agent  # first: PixelEnv resets
         super().__init__(agent.config.env, action_repeat=agent.config.action_repeat)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
@@ -1027,7 +1036,7 @@ class DreamEnv(PixelEnv):
 
     def move(self, step: Callable) -> np.ndarray:
         """To the h and z that `step` returns, by random numbers of the environment's own; frame."""
-        with torch.random.fork_rng(), torch.no_grad():
+        with fork_rng(self.agent.config.device), torch.no_grad():
             torch.manual_seed(int(self.np_random.integers(2**31)))
             self.h, self.z, *_ = step()
         self.feat = torch.cat([self.h, self.z], -1)  # [1,F]
@@ -1107,8 +1116,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             saved = read_checkpoint(resume)["config"] if resume else {}
             folder = train(Config(**saved | given), resume)
-            quoted = shlex.quote(str(folder))
-            print(f"Results are in {quoted}. Next: python dreamer.py --eval {quoted}")
+            print(f'Results are in {folder}. Next: python dreamer.py --eval "{folder}"')
         return 0
     except (DreamerError, OSError) as error:
         print("dreamer.py: error:", " ".join(str(error).split()), file=sys.stderr)  # one line

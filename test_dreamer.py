@@ -895,7 +895,7 @@ def test_ctrl_c_and_kill_save_say_how_to_resume_and_change_nothing(
     folder = tmp_path / "CartPole-v1-0"
     argv = ["--device", "cpu", "--steps", "200", "--runs", str(tmp_path), *flags(SMALL)]
     stopped = in_child(*argv, after=0.5, number=number)
-    assert stopped[0] == code and f"python dreamer.py --resume {folder}" in stopped[1]
+    assert stopped[0] == code and f'python dreamer.py --resume "{folder}"' in stopped[1]
     for after in (0.2, 0.4, 0.3):
         step = dreamer.read_checkpoint(folder)["progress"]["step"]
         assert (folder / "curves.png").exists() and f"stopped at step {step} of 200" in stopped[1]
@@ -916,6 +916,27 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch):
             signal.raise_signal(signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("quiet", [40, 41])
+def test_a_signal_between_any_two_looks_finds_the_run_saved(quiet, tmp_path):
+    class Late(dreamer.Run):
+        looks = 0
+
+        @property
+        def signal(self):
+            self.looks += 1
+            return signal.SIGINT if self.looks > quiet else 0
+
+        @signal.setter
+        def signal(self, number):
+            pass
+
+    run = Late(Config(**SMALL, steps=100, device="cpu"), tmp_path)
+    run.bar = dreamer.tqdm(disable=True)
+    run.loop()
+    assert run.step > 10
+    assert dreamer.read_checkpoint(tmp_path)["progress"]["step"] == run.step
 
 
 def test_a_resumed_run_may_have_more_steps_and_nothing_else(undisturbed, tmp_path):
