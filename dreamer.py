@@ -26,6 +26,8 @@ critic loss                                    -                    -       yes
 
 # %% [markdown]
 # # Section 1: Setup
+# The pixel environment, the parts of the world model, the actor, the critic and the replay buffer.
+# Eq. 1.1 to 1.3 stand in the time diagram above; in 1.5 they are `recur`, `obs_step` and `prior`.
 
 # %% 1.1 Imports and configuration
 from __future__ import annotations
@@ -81,7 +83,7 @@ class Config:
     steps: int = 10_000  # environment steps of the run, as the agent counts them
     device: str = "auto"  # auto, cpu or cuda; auto takes cuda where there is one
     runs: str = "runs"  # folder for results; a run writes to RUNS/ENV-SEED
-    init_from: str = ""  # file with weights of an earlier lesson's encoder, RSSM, ... to start from
+    init_from: str = ""  # file with weights of an earlier lesson's parts, or a run, to start from
     action_repeat: int = 1  # times that the environment repeats an action, rewards summed
     # replay and schedule
     prefill: int = 1_500  # steps with random actions before the first update
@@ -644,7 +646,7 @@ class Run:
 
     def update(self) -> None:
         """An update of the world model and, after `pretrain` of those, one of the behavior."""
-        config, left = self.config, max(0, 1 - self.step / self.config.steps)
+        config, left = self.config, 1 - self.step / self.config.steps
         decay = min(1, left / config.lr_decay) if config.lr_decay else 1
         self.agent.optimizer.param_groups[0]["lr"] = config.lr * decay
         batch = self.replay.sample(config.batch_size, config.batch_length, config.device)
@@ -737,7 +739,7 @@ class Run:
                 continue
             if self.step:
                 self.report(finished)
-            if finished:
+            if finished:  # saved before its last line: with more steps a run goes on without it
                 return
             next(steps)
 
@@ -751,6 +753,8 @@ def train(config: Config, resume: str | Path | None = None) -> Path:
     folder = Path(resume or Path(config.runs) / name)
     if not resume and any((folder / file).exists() for file in ("metrics.jsonl", *CHECKPOINTS)):
         raise DreamerError(f"{folder} exists: --resume it, or choose another seed or runs")
+    if resume and not folder.is_dir():
+        raise DreamerError(f"{folder} is not the folder of a run")
     need, free = 12.5e-6 * min(config.capacity, 2 * config.steps), virtual_memory().available / 1e9
     if need > free:
         raise DreamerError(f"replay needs {need:.1f} of {free:.1f} GB of memory: lower --capacity")
@@ -809,22 +813,30 @@ def load_agent(path: str | Path, device: str = "auto") -> Agent:
     return agent
 
 def init_from(agent: Agent, path: str) -> None:
-    """Start from the weights in a .pt file, {name: state_dict}, of any of encoder, rssm, decoder,
-    reward_head, cont_head, actor and critic. Prints what is loaded, and what does not fit."""
-    parts = dict(agent.world_model.named_children(), actor=agent.actor, critic=agent.critic)
+    """Start from the weights of a run, or from those in a .pt file: the state_dict of one of
+    encoder, rssm, decoder, reward_head, cont_head, actor and critic, or {name: state_dict} of
+    several. Prints what is loaded, and what does not fit."""
+    def parts_of(agent: Agent) -> dict[str, nn.Module]:
+        return dict(agent.world_model.named_children(), actor=agent.actor, critic=agent.critic)
+
     try:
-        saved = torch.load(path, "cpu", weights_only=True)
-        if not saved.keys() & parts.keys():
-            raise ValueError(f"it holds none of {', '.join(parts)}")
-        for name in filter(saved.__contains__, parts):
-            own, new = ({(k, x.shape) for k, x in weights.items()}
-                        for weights in (parts[name].state_dict(), saved[name]))
+        saved = torch.load(path, "cpu", weights_only=True) if path.endswith((".pt", ".pth")) else {
+            name: part.state_dict() for name, part in parts_of(load_agent(path, "cpu")).items()}
+        loaded = []
+        for name, part in parts_of(agent).items():
+            own, new = ({(key, getattr(x, "shape", None)) for key, x in weights.items()}
+                        for weights in (part.state_dict(), saved.get(name, saved)))
             if own == new:  # all of a part, or nothing
-                parts[name].load_state_dict(saved[name])
-            wrong = ", ".join(sorted({key for key, _ in own ^ new}))
-            print(f"{path}: {name}", f"does not fit: {wrong}" if wrong else "is loaded")
+                part.load_state_dict(saved.get(name, saved))
+                loaded.append(name)
+                print(f"{path}: {name} is loaded")
+            elif name in saved:
+                wrong = ", ".join(sorted({key for key, _ in own ^ new}))
+                print(f"{path}: {name} does not fit: {wrong}")
+        if not loaded:
+            raise ValueError(f"it holds no {', '.join(parts_of(agent))} that fits")
     except Exception as error:  # a damaged file raises any of a dozen types
-        raise DreamerError(f"--init-from {path}: {error!r}") from error
+        raise DreamerError(f"--init-from {path}: {error}") from error
     agent.slow_critic.load_state_dict(agent.critic.state_dict())
 
 def draw_curves(lines: list[dict], path: Path) -> None:

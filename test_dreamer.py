@@ -947,6 +947,9 @@ def test_a_resumed_run_may_have_more_steps_and_nothing_else(undisturbed, tmp_pat
     run.load()
     assert saved["progress"]["past"]  # it stopped in mid-episode, so it has to remember
     assert all(torch.equal(*x) for x in zip(run.state, saved["progress"]["state"], strict=True))
+    with pytest.raises(DreamerError, match="is not the folder of a run"):
+        train(Config(**config, steps=200), tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()
     with pytest.raises(DreamerError, match="has made 100 steps already"):
         train(Config(**config, steps=99), folder)
     with pytest.raises(DreamerError, match="hidden was 16, and cannot change"):
@@ -1181,7 +1184,7 @@ class Perfect:
         return feat[..., 0], cont
 
     def prior(self, h):
-        return torch.tensor([0.5, 0.5]).log().expand(*h.shape[:-1], 1, 2)
+        return torch.tensor([0.5, 0.5]).log().expand(*h.shape[:-1], 3, 2)  # three groups
 
 
 for end in ("terminated", "truncated"):
@@ -1216,8 +1219,8 @@ def test_a_perfect_model_has_correlation_one_and_no_error():
     assert metrics["reward_error_15"] == 0  # all have ended: nothing is alive, in both
     assert np.isnan(metrics["pixel_error_15"])  # and there is no frame
     assert metrics["policy_entropy"] == pytest.approx(np.log(3))
-    assert metrics["trajectory_entropy"] == pytest.approx(H * (np.log(3) + np.log(2)))
-    assert metrics["latent_entropy"] == pytest.approx(np.log(2))
+    assert metrics["trajectory_entropy"] == pytest.approx(H * (np.log(3) + 3 * np.log(2)))
+    assert metrics["latent_entropy"] == pytest.approx(3 * np.log(2))
     came = [sum(0.9**i * r for i, r in enumerate(range(t + 1, 9))) for t in range(8)]
     assert metrics["value_real"] == pytest.approx(np.mean(came), rel=1e-5)
     assert metrics["value_error"] == pytest.approx(np.mean(np.abs(np.subtract(came, 2))), rel=1e-5)
@@ -1408,10 +1411,30 @@ def test_init_from_loads_what_is_there_and_names_what_does_not_fit(tmp_path, age
         assert not changed(mine, snapshot(theirs))
 
 
-def test_init_from_a_file_that_holds_no_part_is_refused(tmp_path, agent, capsys):
-    torch.save(agent.critic.state_dict(), tmp_path / "bare.pt")
+def test_init_from_takes_the_weights_of_one_part_alone(tmp_path, agent, capsys):
+    torch.manual_seed(1)
+    other = Agent(gym.spaces.Discrete(A), Config(**SMALL))
+    torch.save(other.world_model.encoder.state_dict(), tmp_path / "encoder.pt")
+    dreamer.init_from(agent, str(tmp_path / "encoder.pt"))
+    assert capsys.readouterr().out.endswith("encoder.pt: encoder is loaded\n")
+    assert not changed(agent.world_model.encoder, snapshot(other.world_model.encoder))
+
+
+def test_init_from_a_run_takes_all_its_parts(undisturbed, agent, capsys):
+    for path in (undisturbed, undisturbed / "checkpoint.pt.gz"):
+        dreamer.init_from(agent, str(path))
+        assert capsys.readouterr().out.count("is loaded") == 7
+    theirs = weights_of(undisturbed)
+    for name, x in agent.state_dict().items():
+        if name != "return_range" and "slow" not in name:
+            assert torch.equal(x, theirs[name]), name
+
+
+def test_init_from_a_file_that_holds_no_part_is_refused(tmp_path, capsys):
+    torch.save({"layer.weight": torch.zeros(3)}, tmp_path / "foreign.pt")
     (tmp_path / "broken.pt").write_bytes(b"PK not really")
-    for name, message in (("bare.pt", "holds none of encoder, rssm, decoder"), ("broken.pt", "")):
+    for name, message in (("foreign.pt", "holds no encoder, rssm, decoder"), ("broken.pt", ""),
+                          ("nowhere", "nowhere is no checkpoint")):
         argv = ["--init-from", str(tmp_path / name), "--runs", str(tmp_path / "runs")]
         assert dreamer.main(argv) == 2
         error = capsys.readouterr().err
