@@ -1,10 +1,10 @@
 """Dreamer in one file: learn a world model from pixels, then learn to act inside its imagination.
 
     python dreamer.py --device cpu               train on CartPole's pixels: runs/CartPole-v1-0
-    python dreamer.py --eval runs/CartPole-v1-0  play unseen episodes with what came out
+    python dreamer.py --eval runs/CartPole-v1-0  measure what came out, on unseen episodes
 
-The sections carry the lesson's numbers: 1 Setup, 2 World Model Update, 3 Behavior Learning,
-4 Training Loop, 5 Self-Evaluation Metrics. The algorithm is DreamerV3 (arXiv:2301.04104).
+The sections carry the lesson's numbers; the algorithm is DreamerV3 (arXiv:2301.04104). Begin with
+the loop in 4.3, which shows the whole; then read from the top.
 
 Shapes    B batch   T time   N = B*T starts of imagination   H horizon   A action   E embedding
           D = |h|   S groups of K classes, so |z| = S*K   feat = (h, z), F = |feat| = D + S*K
@@ -26,73 +26,65 @@ critic loss                                    -                    -       yes
 
 # %% [markdown]
 # # Section 1: Setup
-# The pixel environment, the parts of the world model, the actor, the critic and the replay buffer.
-# Eq. 1.1 to 1.3 stand in the time diagram above; in 1.5 they are `recur`, `obs_step` and `prior`.
+# What is to be learned, and from what. Eq. 1.1 to 1.3 stand in the time diagram above.
 
 # %% 1.1 Imports and configuration
 from __future__ import annotations
 
-import argparse
 import copy
 import gzip
-import inspect
-import itertools
 import json
 import os
 import re
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
+import tyro
+from gymnasium.spaces import Box, Discrete, flatdim, flatten, unflatten
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw
-from psutil import virtual_memory
+from PIL import Image
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, OneHotCategorical
 from tqdm import tqdm
 
-# SDL draws many environments. It must not need a screen, nor take SIGTERM (`kill`) from Python.
-os.environ |= {"PYGAME_HIDE_SUPPORT_PROMPT": "1", "SDL_NO_SIGNAL_HANDLERS": "1"}
-HEADLESS = sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
-if HEADLESS:
-    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
-import pygame  # noqa: E402
-
-Tensors = tuple[Tensor, ...]
-Named = dict[str, Tensor]  # rows of replay by column, metrics by key
+# SDL draws many environments: without a screen, and `kill` is to end it like any program
+os.environ |= {"SDL_VIDEODRIVER": "dummy", "SDL_NO_SIGNAL_HANDLERS": "1"}
 
 class DreamerError(Exception):
-    """Something that the user can put right; the command line prints it as one line."""
+    """Something that the user can put right; the command line prints it without a traceback."""
+
+@contextmanager
+def explain(where: str):
+    """Whatever goes wrong in the block, in code or files of others, becomes a DreamerError."""
+    try:
+        yield
+    except Exception as error:
+        raise DreamerError(f"{where}: {error or repr(error)}") from error
 
 @dataclass
 class Config:
-    """The options of a run, and of the command line; DreamerError for a number out of its range."""
-    # the run
+    """The options of a run, and of the command line; DreamerError for impossible ones."""
     env: str = "CartPole-v1"  # Gymnasium id; module:Id imports the module first
     seed: int = 0  # seed of weights, actions, batches and episodes
-    steps: int = 10_000  # environment steps of the run, as the agent counts them
-    device: str = "auto"  # auto, cpu or cuda; auto takes cuda where there is one
+    steps: int = 6_000  # environment steps, as the agent counts them; an episode is played out
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes cuda where there is one
+    threads: int = 1  # of the CPU; more help only large networks on an idle machine
     runs: str = "runs"  # folder for results; a run writes to RUNS/ENV-SEED
-    init_from: str = ""  # file with weights of an earlier lesson's parts, or a run, to start from
     action_repeat: int = 1  # times that the environment repeats an action, rewards summed
-    # replay and schedule
     prefill: int = 1_500  # steps with random actions before the first update
     pretrain: int = 1_000  # updates of the world model alone, before behavior learning starts
     train_ratio: float = 64.0  # replayed steps for each environment step after the prefill
     batch_size: int = 8  # B, sequences in a batch
     batch_length: int = 16  # T, steps in a sequence
     capacity: int = 100_000  # steps kept in the replay buffer, 12 kB each
-    # world model
     depth: int = 8  # the CNN has 2, 4 and 8 times as many channels
     hidden: int = 128  # D, size of the recurrent state h
     groups: int = 16  # S, categorical variables in z
@@ -100,45 +92,37 @@ class Config:
     units: int = 128  # width of the hidden layers of every MLP
     unimix: float = 0.01  # share of the uniform distribution in prior and posterior
     free_nats: float = 0.1  # KL of a step, in nats, below which it is not penalised
-    scale_recon: float = 1.0  # weight of the reconstruction loss
-    scale_reward: float = 1.0  # weight of the reward loss
-    scale_cont: float = 1.0  # weight of the continue loss
     scale_dyn: float = 1.0  # weight of the KL that pulls the prior to the posterior
     scale_rep: float = 0.1  # weight of the KL that pulls the posterior to the prior
     lr: float = 1e-3  # learning rate of world model, actor and critic
     lr_decay: float = 0.3  # share of the steps, the last ones, over which lr falls to 0
-    max_grad_norm: float = 10.0  # norm that gradients are clipped to
-    # behavior
+    max_grad_norm: float = 10.0  # norm that the gradient of each part is clipped to
     horizon: int = 15  # H, imagined steps
     gamma: float = 0.99  # discount of a step
     lam: float = 0.95  # lambda of the lambda-return
     entropy: float = 3e-3  # weight of the actor's entropy
     slow_rate: float = 0.02  # share of the critic that the slow critic takes over in an update
     return_rate: float = 0.01  # share of new returns in the running range of returns
-    # results
-    log_every: int = 500  # steps between lines of metrics.jsonl; evaluations add theirs
+    log_every: int = 500  # steps between lines of metrics.jsonl
     eval_every: int = 2_500  # steps between evaluations
     eval_episodes: int = 5  # episodes of an evaluation during training
-    held_out: int = 2_000  # rows of unseen episodes for the other metrics of Section 5
-    save_every: float = 120.0  # seconds between checkpoints, at most
+    held_out: int = 1_000  # rows of unseen episodes for the other metrics of Section 5
+    save_every: float = 60.0  # seconds between checkpoints, at least
 
     def __post_init__(self):
-        best = "cuda" if torch.cuda.is_available() else "cpu"
-        if self.device not in ("auto", "cpu", best):
-            raise DreamerError(f"there is no device {self.device} here; --device auto takes {best}")
-        self.device = best if self.device == "auto" else self.device
-        shares = ("unimix", "gamma", "lam", "slow_rate", "return_rate", "lr_decay")
         for name, value in asdict(self).items():
-            low = {"seed": 0, "pretrain": 0, "held_out": 4}.get(name, int(isinstance(value, int)))
-            high = 1 if name in shares else 1e9
-            if not isinstance(value, str) and not low <= value <= high:  # catches nan, too
-                raise DreamerError(f"{name} has to be between {low} and {high:.0f}, not {value}")
-        if self.batch_length > min(self.prefill, self.capacity) or self.gamma == 0:
-            raise DreamerError("prefill and capacity must reach batch_length, and gamma exceed 0")
+            least = 1 if isinstance(value, int) and name not in ("seed", "pretrain") else 0
+            if not isinstance(value, str) and not least <= value <= 1e9:  # catches nan, too
+                raise DreamerError(f"{name} must be at least {least}, and finite; it is {value}")
+        if not self.batch_length <= min(self.prefill, self.capacity) < self.steps:
+            raise DreamerError(f"batch_length ({self.batch_length}) may not exceed prefill and "
+                               f"capacity, nor prefill ({self.prefill}) reach steps ({self.steps})")
+        if self.device == "auto":
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
 
 # %% 1.2 Small tools
 def sg(x: Tensor) -> Tensor:
-    """Stop-gradient, the only cut in a loss: search for `sg(` to see them all."""
+    """Stop-gradient: search for `sg(` to see where a loss is cut."""
     return x.detach()
 
 def symlog(x: Tensor) -> Tensor:
@@ -158,78 +142,82 @@ def twohot_encode(x: Tensor, bins: Tensor) -> Tensor:
     return zeros.scatter(-1, above - 1, 1 - weight).scatter(-1, above, weight)
 
 def twohot_decode(logits: Tensor, bins: Tensor) -> Tensor:
-    """Logits [..., len(bins)] -> mean [...] of the bins. Bins of opposite sign are summed in
-    pairs: the huge outer ones cancel, and zero logits give exactly 0."""
+    """Logits [..., len(bins)] -> mean [...] of the bins; exactly 0 for zero logits."""
     terms = torch.softmax(logits, -1) * bins
-    return (terms + terms.flip(-1)).sum(-1) / 2
-
-def fork_rng(device: str) -> AbstractContextManager:
-    """A block whose random numbers leave those of the rest of the program as they were."""
-    return torch.random.fork_rng(range(torch.cuda.device_count()) if device == "cuda" else [])
+    return (terms + terms.flip(-1)).sum(-1) / 2  # in pairs: the huge outer bins cancel
 
 def init_weights(module: nn.Module) -> None:
-    """For `network.apply`: truncated normal weights of variance 1 / fan-in, zero biases. With the
-    third of this variance that PyTorch starts from, the pole's angle enters z much later."""
+    """For `network.apply`: truncated normal weights of variance 1 / fan-in, zero biases. With
+    the third of this variance that PyTorch starts from, the pole's angle enters z much later."""
     if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
-        fan_in = module.weight[0].numel()
-        if isinstance(module, nn.ConvTranspose2d):  # weight [in, out, k, k]
-            fan_in = module.weight[:, 0].numel() / np.prod(module.stride)
+        fan_in = module.weight.numel() / len(module.bias)
+        if isinstance(module, nn.ConvTranspose2d):
+            fan_in /= np.prod(module.stride)  # an output pixel sees so much less of the kernel
         std = 1.1368 / fan_in**0.5  # 1.1368 makes up for the tails cut at two sigma
         nn.init.trunc_normal_(module.weight, 0.0, std, -2 * std, 2 * std)
         nn.init.zeros_(module.bias)
 
 def mlp(inputs: int, units: int, layers: int, outputs: int, outscale: float = 1.0) -> nn.Sequential:
-    """So many times linear, layer norm, SiLU; then linear, with weights `outscale` of the usual."""
-    widths = itertools.pairwise([inputs, *layers * [units]])
-    hidden = [m for a, b in widths for m in (nn.Linear(a, b), nn.LayerNorm(b), nn.SiLU())]
-    network = nn.Sequential(*hidden, nn.Linear(units, outputs)).apply(init_weights)
+    """So many times linear, layer norm, SiLU; then linear, weights `outscale` of the usual."""
+    network = nn.Sequential()
+    for _ in range(layers):
+        network.extend([nn.Linear(inputs, units), nn.LayerNorm(units), nn.SiLU()])
+        inputs = units
+    network.append(nn.Linear(inputs, outputs)).apply(init_weights)
     network[-1].weight.data *= outscale
     return network
 
 # %% 1.3 Pixel wrapper
-class PixelEnv(gym.ObservationWrapper):
-    """Any registered Gymnasium environment, seen through its pixels: uint8 [size, size, 3], the
-    rendered frame averaged over areas. Actions are the environment's own if Discrete; in [-1, 1],
-    clipped and rescaled, if Box; repeated `action_repeat` times, with their rewards summed.
-    Episodes without a time limit of their own are cut after 1,000 of the environment's steps.
-    Raises DreamerError for an unknown id, an environment without pixels, other action spaces."""
+class PixelEnv(gym.Wrapper):
+    """Any registered Gymnasium environment, seen through its pixels: uint8 [64, 64, 3]. Discrete
+    actions are its own, those of a Box in [-1, 1]. `row` is the newest row of the time diagram.
+    Other actions, and whatever the environment raises, give a DreamerError."""
     spec = None  # gym.make would not give the same again
 
-    def __init__(self, env_id: str, size: int = 64, action_repeat: int = 1):
-        self.env_id, self.size, self.action_repeat = env_id, size, action_repeat
-        try:
+    def __init__(self, env_id: str, action_repeat: int = 1):
+        self.env_id, self.action_repeat = env_id, action_repeat
+        with explain(f"--env {env_id}"):
             super().__init__(gym.make(env_id, render_mode="rgb_array", disable_env_checker=True))
-            self.reset()  # some environments find out only here that they cannot render
             if self.env.spec.max_episode_steps is None:  # else an evaluation might never end
                 self.env = gym.wrappers.TimeLimit(self.env, 1_000)
-            space = self.env.action_space
-            if isinstance(space, gym.spaces.Box) and space.is_bounded() and space.dtype.kind == "f":
+            self.is_box = isinstance(self.action_space, Box) and self.action_space.is_bounded()
+            if self.is_box:
                 self.env = gym.wrappers.RescaleAction(self.env, np.float32(-1), np.float32(1))
-            elif not isinstance(space, gym.spaces.Discrete):
+            elif not isinstance(self.action_space, Discrete):
                 raise ValueError("its actions are neither Discrete nor a bounded Box")
-        except Exception as error:  # whatever an environment raises
-            raise DreamerError(f"--env {env_id}: {error}") from error
-        self.observation_space = gym.spaces.Box(0, 255, (size, size, 3), np.uint8)
+        self.observation_space = Box(0, 255, (64, 64, 3), np.uint8)
+        self.reset(seed=0)  # some environments find out only here that they cannot render
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        self.episode, self.age = f"{self.env_id}, episode with seed {seed}", 0
+        self.action_space.seed(seed)  # random actions, too, follow from the seed
+        with explain(self.episode):
+            _, info = self.env.reset(seed=seed, options=options)
+            no_action = np.zeros(flatdim(self.action_space), np.float32)
+            self.row = dict(obs=self.frame(), prev_action=no_action, reward=np.float32(0),
+                            terminated=False, is_first=True, is_last=False)
+            return self.row["obs"], info
 
     def step(self, action):
-        if isinstance(self.action_space, gym.spaces.Box):  # the actor's normal has tails
-            action = np.clip(action, -1, 1)
-        total = 0.0
-        for _ in range(self.action_repeat):
-            _, reward, terminated, truncated, info = self.env.step(action)
-            total += float(reward)
-            if terminated or truncated:
-                break
-        return self.observation(), total, terminated, truncated, info
+        total, self.age = 0.0, self.age + 1
+        with explain(f"{self.episode}, step {self.age}"):
+            taken = np.clip(action, -1, 1) if self.is_box else action  # a normal has tails
+            for _ in range(self.action_repeat):
+                _, reward, terminated, truncated, info = self.env.step(taken)
+                total += float(reward)
+                if terminated or truncated:
+                    break
+            if not np.isfinite(total):
+                raise ValueError(f"the reward is {total}")
+            prev_action = np.float32(flatten(self.action_space, action))  # one-hot if Discrete
+            self.row = dict(obs=self.frame(), prev_action=prev_action, reward=np.float32(total),
+                            terminated=terminated, is_first=False, is_last=terminated or truncated)
+            return self.row["obs"], total, terminated, truncated, info
 
-    def observation(self, observation=None) -> np.ndarray:
-        """The frame now, in place of the environment's own observation: uint8 [size, size, 3]."""
-        frame = self.env.render()
-        if getattr(frame, "dtype", None) != np.uint8 or frame.shape[2:] != (3,):
-            raise ValueError("it cannot render uint8 frames [height, width, 3]")
-        surface = pygame.image.frombuffer(np.ascontiguousarray(frame), frame.shape[1::-1], "RGB")
-        small = pygame.transform.smoothscale(surface, (self.size, self.size))
-        return pygame.surfarray.array3d(small).transpose(1, 0, 2)  # pygame has [x, y, color]
+    def frame(self) -> np.ndarray:
+        """What the environment looks like now, averaged over areas: uint8 [64, 64, 3]."""
+        frame = Image.fromarray(self.env.render()).convert("RGB")
+        return np.array(frame.resize((64, 64), Image.Resampling.BOX))
 
 # %% 1.4 CNN encoder and decoder
 class ChannelNorm(nn.LayerNorm):
@@ -246,10 +234,9 @@ class Encoder(nn.Sequential):
             nn.Conv2d(a, b, 4, stride=2, padding=1), ChannelNorm(b), nn.SiLU(),  # 16 -> 8
             nn.Conv2d(b, c, 4, stride=2, padding=1), ChannelNorm(c), nn.SiLU(),  # 8 -> 4
             nn.Flatten())
-        self.apply(init_weights)
 
     def forward(self, obs: Tensor) -> Tensor:
-        x = obs.reshape(-1, *obs.shape[-3:]).permute(0, 3, 1, 2) / 255 - 0.5
+        x = obs.reshape(-1, 64, 64, 3).permute(0, 3, 1, 2) / 255 - 0.5
         return super().forward(x).unflatten(0, obs.shape[:-3])
 
 class Decoder(nn.Sequential):
@@ -258,10 +245,9 @@ class Decoder(nn.Sequential):
         a, b, c = 2 * depth, 4 * depth, 8 * depth
         super().__init__(
             nn.Linear(feat_size, c * 4 * 4), nn.Unflatten(1, (c, 4, 4)), ChannelNorm(c), nn.SiLU(),
-            nn.ConvTranspose2d(c, b, 4, stride=2, padding=1), ChannelNorm(b), nn.SiLU(),  # 4 -> 8
-            nn.ConvTranspose2d(b, a, 4, stride=2, padding=1), ChannelNorm(a), nn.SiLU(),  # 8 -> 16
-            nn.ConvTranspose2d(a, 3, 8, stride=4, padding=2), nn.Sigmoid())  # 16 -> 64
-        self.apply(init_weights)
+            nn.ConvTranspose2d(c, b, 4, stride=2, padding=1), ChannelNorm(b), nn.SiLU(),  # to 8
+            nn.ConvTranspose2d(b, a, 4, stride=2, padding=1), ChannelNorm(a), nn.SiLU(),  # to 16
+            nn.ConvTranspose2d(a, 3, 4, stride=4), nn.Sigmoid())  # to 64
 
     def forward(self, feat: Tensor) -> Tensor:
         x = super().forward(feat.reshape(-1, feat.shape[-1]))
@@ -278,7 +264,7 @@ class RSSM(nn.Module):
         super().__init__()
         self.groups, self.classes, self.unimix = config.groups, config.classes, config.unimix
         D, Z, units = config.hidden, config.groups * config.classes, config.units
-        self.sizes = D, Z, action_size
+        self.hidden, self.feat_size = D, D + Z
         self.inputs = nn.Sequential(
             nn.Linear(Z + action_size, units), nn.LayerNorm(units), nn.SiLU())
         self.gates = nn.Sequential(nn.Linear(units + D, 3 * D), nn.LayerNorm(3 * D))
@@ -286,58 +272,60 @@ class RSSM(nn.Module):
         self.prior_net = mlp(D, units, 1, Z)
         self.post_net = mlp(D + embed_size, units, 1, Z)
 
-    def initial(self, batch: int) -> Tensors:
-        """Before an episode: zero h [batch, D], z [batch, S*K] and action [batch, A]."""
-        return tuple(self.gates[0].weight.new_zeros(batch, size) for size in self.sizes)
+    def initial(self, batch: int) -> Tensor:
+        """The state before an episode: zeros [batch, F]."""
+        return self.gates[0].weight.new_zeros(batch, self.feat_size)
 
-    def recur(self, h: Tensor, z: Tensor, prev_action: Tensor) -> Tensor:
-        """Eq. 1.1, a GRU with layer norm: h [., D], z [., S*K], action [., A] -> next h [., D]."""
-        prev_action = prev_action / sg(prev_action.abs().clamp(min=1))  # clip to [-1, 1]
-        x = self.inputs(torch.cat([z, prev_action], -1))
+    def recur(self, feat: Tensor, prev_action: Tensor) -> Tensor:
+        """Eq. 1.1, a GRU with layer norm: (h, z) [.,F] and action [.,A] -> next h [.,D]."""
+        h, z = feat.split([self.hidden, self.feat_size - self.hidden], -1)
+        x = self.inputs(torch.cat([z, prev_action.clamp(-1, 1)], -1))
         reset, candidate, update = self.gates(torch.cat([x, h], -1)).chunk(3, -1)
         candidate = torch.tanh(torch.sigmoid(reset) * candidate)
         update = torch.sigmoid(update - 1)  # -1: at first, remember
         return update * candidate + (1 - update) * h
 
     def log_probs(self, logits: Tensor) -> Tensor:
-        """Logits [., S*K] -> log-probabilities [., S, K]: softmax, and a share `unimix` of uniform.
-        Samples, KL and entropy all use these, so no class is impossible and no KL infinite."""
+        """Logits [.,S*K] -> log-probabilities [.,S,K]: softmax, with a share `unimix` of uniform.
+        Samples, KL and entropy all use these: no class is impossible, and no KL infinite."""
         probs = torch.softmax(logits.unflatten(-1, (self.groups, self.classes)), -1)
         return torch.log((1 - self.unimix) * probs + self.unimix / self.classes)
 
     def prior(self, h: Tensor) -> Tensor:
-        """Eq. 1.3: h [., D] -> log-probabilities [., S, K] of z."""
+        """Eq. 1.3: h [.,D] -> log-probabilities [.,S,K] of z."""
         return self.log_probs(self.prior_net(h))
 
     def sample(self, log_probs: Tensor) -> Tensor:
-        """z [., S*K], one-hot in each group; its gradient goes straight through to [., S, K]."""
+        """z [.,S*K], one-hot in each group; its gradient goes straight through to [.,S,K]."""
         probs = log_probs.exp()
-        # A race of exponential clocks: class k comes first with probability probs[k]
-        drawn = (sg(probs) / torch.empty_like(probs).exponential_()).argmax(-1)
-        return (F.one_hot(drawn, self.classes) + probs - sg(probs)).flatten(-2)
+        # The class in whose share of [0, 1] a random number falls: six times as fast as
+        # torch.distributions. Rounded shares may add up to less than 1, hence the clamp.
+        drawn = (sg(probs).cumsum(-1) < torch.rand_like(probs[..., :1])).sum(-1)
+        one_hot = F.one_hot(drawn.clamp(max=self.classes - 1), self.classes)
+        return (one_hot + (probs - sg(probs))).flatten(-2)  # the bracket is 0
 
-    def img_step(self, h: Tensor, z: Tensor, action: Tensor) -> Tensors:
-        """One step without a frame: the next h, and z from the prior."""
-        h = self.recur(h, z, action)
-        return h, self.sample(self.prior(h))
+    def img_step(self, feat: Tensor, action: Tensor) -> Tensor:
+        """One step without a frame: the next (h, z), z from the prior."""
+        h = self.recur(feat, action)
+        return torch.cat([h, self.sample(self.prior(h))], -1)
 
-    def obs_step(self, h: Tensor, z: Tensor, prev_action: Tensor, embed: Tensor,
-                 is_first: Tensor) -> Tensors:
-        """One step with a frame [., E]: the next h, z from the posterior, and the posterior.
-        is_first [.] erases h, z and the action: nothing crosses the border of an episode."""
-        keep = (~is_first).unsqueeze(-1)
-        h = self.recur(h * keep, z * keep, prev_action * keep)
+    def obs_step(self, feat: Tensor, prev_action: Tensor, embed: Tensor) -> tuple[Tensor, Tensor]:
+        """One step with an encoded frame: the next (h, z), z from the posterior; the posterior."""
+        h = self.recur(feat, prev_action)
         post = self.log_probs(self.post_net(torch.cat([h, embed], -1)))  # Eq. 1.2
-        return h, self.sample(post), post
+        return torch.cat([h, self.sample(post)], -1), post
 
-    def observe(self, embed: Tensor, prev_action: Tensor, is_first: Tensor) -> Tensors:
-        """Sequences [B,T,...] -> h [B,T,D], z [B,T,S*K], posterior and prior [B,T,S,K]."""
-        (h, z, _), steps = self.initial(len(embed)), []  # a window in mid-episode starts so, too
-        for t in range(embed.shape[1]):
-            h, z, post = self.obs_step(h, z, prev_action[:, t], embed[:, t], is_first[:, t])
-            steps.append((h, z, post))
-        h, z, post = (torch.stack(x, 1) for x in zip(*steps, strict=True))
-        return h, z, post, self.prior(h)
+    def observe(self, embed: Tensor, prev_action: Tensor, is_first: Tensor) -> tuple:
+        """Sequences [B,T,...] -> (h, z) [B,T,F], posterior and prior [B,T,S,K]. `is_first` erases
+        h, z and the action: nothing crosses the border between episodes."""
+        keep = (~is_first).float().unsqueeze(-1)  # [B,T,1]
+        rows = embed.unbind(1), (prev_action * keep).unbind(1), keep.unbind(1)
+        feat, steps = self.initial(len(embed)), []  # a window in mid-episode starts so, too
+        for embed_t, prev_action_t, keep_t in zip(*rows, strict=True):
+            feat, post = self.obs_step(feat * keep_t, prev_action_t, embed_t)
+            steps.append((feat, post))
+        feat, post = (torch.stack(x, 1) for x in zip(*steps, strict=True))
+        return feat, post, self.prior(feat[..., : self.hidden])
 
 # %% 1.6 Head for rewards and values
 class TwoHotHead(nn.Module):
@@ -345,16 +333,15 @@ class TwoHotHead(nn.Module):
     def __init__(self, feat_size: int, units: int, layers: int):
         super().__init__()
         self.net = mlp(feat_size, units, layers, 255, outscale=0.0)
-        half = symexp(torch.linspace(-20, 0, 128))  # the bins: 0, and symexp-spaced to 4.85e8
+        half = symexp(torch.linspace(-20, 0, 128))  # bins: 0, and symexp-spaced to 4.85e8
         self.register_buffer("bins", torch.cat([half, -half[:-1].flip(0)]), persistent=False)
 
     def forward(self, feat: Tensor) -> Tensor:
         return twohot_decode(self.net(feat), self.bins)
 
-    def loss(self, feat: Tensor, *targets: Tensor) -> Tensor:
-        """Cross-entropy [...] to the two-hot target [...]; summed, if there are several."""
-        log_probs = torch.log_softmax(self.net(feat), -1)
-        return -sum((twohot_encode(target, self.bins) * log_probs).sum(-1) for target in targets)
+    def loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Cross-entropy [...] of a two-hot target [...] and the logits [..., 255] of `net`."""
+        return -(twohot_encode(target, self.bins) * torch.log_softmax(logits, -1)).sum(-1)
 
 # %% 1.7 Actor and critic
 class Actor(nn.Module):
@@ -362,8 +349,8 @@ class Actor(nn.Module):
     Box: normal, mean in (-1, 1), deviation in (0.1, 1)."""
     def __init__(self, feat_size: int, action_space: gym.Space, units: int):
         super().__init__()
-        self.discrete = isinstance(action_space, gym.spaces.Discrete)
-        outputs = gym.spaces.flatdim(action_space) * (1 if self.discrete else 2)
+        self.discrete = isinstance(action_space, Discrete)
+        outputs = flatdim(action_space) * (1 if self.discrete else 2)
         self.net = mlp(feat_size, units, 2, outputs, outscale=0.01)  # nearly uniform at first
 
     def forward(self, feat: Tensor) -> Distribution:
@@ -377,39 +364,39 @@ class Critic(TwoHotHead):
     """Features [..., F] -> value [...]: the discounted rewards that are still to be collected."""
 
 # %% 1.8 Replay buffer
+def stack_rows(rows: list[dict], device: str) -> dict[str, Tensor]:
+    """L rows of the time diagram as columns [L, ...]; frames stay uint8."""
+    names = rows[0] if rows else []
+    columns = {name: np.stack([row[name] for row in rows]) for name in names}
+    return {name: torch.from_numpy(column).to(device) for name, column in columns.items()}
+
 class ReplayBuffer:
-    """The last `capacity` rows in the order in which they came; frames stay uint8, 12 kB each."""
-    def __init__(self, capacity: int, action_size: int):
-        self.capacity, self.count = capacity, 0  # count: of the rows that ever came
-        kinds = {"obs": ((64, 64, 3), np.uint8), "prev_action": ((action_size,), np.float32),
-                 "reward": ((), np.float32), "terminated": ((), bool), "is_first": ((), bool)}
-        # NumPy's zeros, unlike PyTorch's, take memory only when a row is first written
-        self.rows = {k: np.zeros((capacity, *shape), kind) for k, (shape, kind) in kinds.items()}
+    """The last `capacity` rows in the order in which they came, 12 kB each."""
+    def __init__(self, capacity: int):
+        self.capacity, self.rows = capacity, []
 
     def add(self, row: dict) -> None:
-        for name, value in row.items():
-            self.rows[name][self.count % self.capacity] = value
-        self.count += 1
+        """Remember a row of the time diagram; a full buffer forgets its oldest."""
+        self.rows.append(row)
+        del self.rows[: -self.capacity]
 
-    def sample(self, batch_size: int, length: int, device: str = "cpu") -> Named:
+    def sample(self, batch_size: int, length: int, device: str = "cpu") -> dict[str, Tensor]:
         """[B, T, ...] windows of consecutive rows, uniform over where they can start. They run
-        across episodes (is_first marks it), but never from the newest row to the oldest."""
-        size = min(self.count, self.capacity)
-        start = self.count - size + torch.randint(size - length + 1, (batch_size, 1)).numpy()
-        index = (start + np.arange(length)) % self.capacity
-        return {k: torch.from_numpy(rows[index]).to(device) for k, rows in self.rows.items()}
+        across episodes: is_first marks the border."""
+        starts = torch.randint(len(self.rows) - length + 1, (batch_size,)).tolist()
+        rows = [row for start in starts for row in self.rows[start : start + length]]
+        columns = stack_rows(rows, device)
+        return {name: x.unflatten(0, (batch_size, length)) for name, x in columns.items()}
 
 # %% [markdown]
 # # Section 2: World Model Update
 # Encode a batch of real sequences, run the RSSM over them, and predict from every state (h, z)
-# what row t holds. The loss (Eq. 2.6) is the mean over B and T of the weighted sum of
+# what row t holds. The loss is the mean over B and T of the weighted sum of (Eq. 2.6)
 # - Eq. 2.1 `recon = sum over pixels of (o_t - decoder(h_t, z_t))^2`
 # - Eq. 2.2 `reward = -ln p(r_t | h_t, z_t)`, a cross-entropy with the two-hot reward
-# - Eq. 2.3 `cont = -ln p(c_t | h_t, z_t)`, with `c_t = 1 - terminated_t`: a time limit ends nothing
+# - Eq. 2.3 `cont = -ln p(c_t | h_t, z_t)`, with `c_t = 1 - terminated_t`: a time limit is no end
 # - Eq. 2.4 `dyn = max(free, KL(sg(q) || p))`: the prior learns to foresee the posterior
 # - Eq. 2.5 `rep = max(free, KL(q || sg(p)))`: the posterior, gently, learns to be foreseeable
-#
-# The KL is summed over the groups of z before the max: `free_nats` a step are not pushed down.
 
 # %% 2.1 World model loss
 class WorldModel(nn.Module):
@@ -417,62 +404,61 @@ class WorldModel(nn.Module):
     def __init__(self, action_size: int, config: Config):
         super().__init__()
         self.config = config
-        self.feat_size = feat_size = config.hidden + config.groups * config.classes
-        self.encoder = Encoder(config.depth)
+        self.feat_size = config.hidden + config.groups * config.classes
+        self.encoder = Encoder(config.depth).apply(init_weights)
         self.rssm = RSSM(128 * config.depth, action_size, config)
-        self.decoder = Decoder(feat_size, config.depth)
-        self.reward_head = TwoHotHead(feat_size, config.units, layers=1)
-        self.cont_head = mlp(feat_size, config.units, 1, 1)  # the logit of c
+        self.decoder = Decoder(self.feat_size, config.depth).apply(init_weights)
+        self.reward_head = TwoHotHead(self.feat_size, config.units, layers=1)
+        self.cont_head = mlp(self.feat_size, config.units, 1, 1)  # the logit of c
 
-    def predict(self, feat: Tensor) -> Tensors:
+    def predict(self, feat: Tensor) -> tuple[Tensor, ...]:
         """Features [..., F] -> reward [...], and probability [...] that the episode goes on."""
         return self.reward_head(feat), torch.sigmoid(self.cont_head(feat).squeeze(-1))
 
-    def loss(self, batch: Named) -> tuple[Tensor, Tensor, Tensor, Named]:
-        """Rows [B,T,...] -> loss [], h [B,T,D], z [B,T,S*K], metrics (Eq. 2.6)."""
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, dict]:
+        """Rows [B,T,...] -> loss [], states (h, z) [B,T,F], metrics (Eq. 2.6)."""
         embed = self.encoder(batch["obs"])  # [B,T,E]
-        h, z, post, prior = self.rssm.observe(embed, batch["prev_action"], batch["is_first"])
-        feat = torch.cat([h, z], -1)  # [B,T,F]
-        error = self.decoder(feat) - batch["obs"] / 255  # [B,T,64,64,3]
-        logit, cont = self.cont_head(feat).squeeze(-1), 1 - batch["terminated"].float()  # [B,T]
+        feat, post, prior = self.rssm.observe(embed, batch["prev_action"], batch["is_first"])
+        error = F.mse_loss(self.decoder(feat), batch["obs"] / 255, reduction="none")
+        cont_logit = self.cont_head(feat).squeeze(-1)  # [B,T]
+        cont = 1 - batch["terminated"].float()  # [B,T]
         free = self.config.free_nats  # clamp has no gradient where the KL is below it
         losses = {  # each [B,T]
-            "recon": error.square().sum((-3, -2, -1)),  # Eq. 2.1
-            "reward": self.reward_head.loss(feat, batch["reward"]),  # Eq. 2.2
-            "cont": F.binary_cross_entropy_with_logits(logit, cont, reduction="none"),  # Eq. 2.3
+            "recon": error.sum((-3, -2, -1)),  # Eq. 2.1, over [64,64,3]
+            "reward": self.reward_head.loss(self.reward_head.net(feat), batch["reward"]),  # 2.2
+            "cont": F.binary_cross_entropy_with_logits(cont_logit, cont, reduction="none"),  # 2.3
             "dyn": kl_divergence(sg(post), prior).clamp(min=free),  # Eq. 2.4
             "rep": kl_divergence(post, sg(prior)).clamp(min=free)}  # Eq. 2.5
         assert all(loss.shape == cont.shape for loss in losses.values())
-        total = sum(getattr(self.config, f"scale_{name}") * loss for name, loss in losses.items())
+        scales = {"dyn": self.config.scale_dyn, "rep": self.config.scale_rep}  # of the others: 1
+        total = sum(scales.get(name, 1) * loss for name, loss in losses.items())  # Eq. 2.6
         metrics = {f"wm/{name}": loss.detach().mean() for name, loss in losses.items()}
         metrics["wm/kl"] = kl_divergence(post, prior).detach().mean()  # before free nats
-        return total.mean(), h, z, metrics
+        return total.mean(), feat, metrics
 
 # %% 2.2 World model update step
-def gradient_step(loss: Tensor, name: str, agent: Agent, metrics: Named) -> Tensor:
-    """Move the weights that the loss of `name` reaches; returns the norm [] of its gradient.
-    FloatingPointError, which names the guilty `metrics`, if loss or gradient is not finite."""
-    agent.optimizer.zero_grad()  # to None: Adam does not move what has no gradient
+def gradient_step(agent: Agent, part: str, loss: Tensor) -> Tensor:
+    """Move the weights of world_model, actor or critic down the gradient of their loss; returns
+    its norm. DreamerError, before a weight is touched, if loss or gradient is not finite."""
+    agent.optimizers[part].zero_grad()
     loss.backward()
-    norm = nn.utils.clip_grad_norm_(agent.parameters(), agent.config.max_grad_norm)
-    if not torch.isfinite(loss + norm):  # no weight has been touched
-        terms = [key for key, value in metrics.items() if not torch.isfinite(value)]
-        raise FloatingPointError(f"not finite: {', '.join(terms) or 'the gradient of ' + name}")
-    agent.optimizer.step()
+    norm = nn.utils.clip_grad_norm_(getattr(agent, part).parameters(), agent.config.max_grad_norm)
+    if not torch.isfinite(loss + norm):
+        raise DreamerError(f"the loss of the {part} is {loss:.3g}, its gradient's norm {norm:.3g}")
+    agent.optimizers[part].step()
     return norm
 
-def update_world_model(agent: Agent, batch: Named) -> tuple[Tensor, Tensor, Named]:
-    """One step on rows [B,T,...] -> the states to dream from, h [N,D], z [N,S*K]; metrics."""
-    loss, h, z, metrics = agent.world_model.loss(batch)
-    metrics["wm/grad_norm"] = gradient_step(loss, "world_model", agent, metrics)
-    return sg(h).flatten(0, 1), sg(z).flatten(0, 1), metrics
+def update_world_model(agent: Agent, batch: dict[str, Tensor]) -> tuple[Tensor, dict]:
+    """One step on rows [B,T,...] -> the states to dream from, (h, z) [N,F]; metrics."""
+    loss, feat, metrics = agent.world_model.loss(batch)
+    metrics["wm/grad_norm"] = gradient_step(agent, "world_model", loss)
+    return sg(feat).flatten(0, 1), metrics
 
 # %% [markdown]
 # # Section 3: Behavior Learning
-# From every state of the batch the actor dreams H steps ahead: prior and actor alternate, and no
-# environment is asked. The critic learns what return v_t to expect in a dreamed state; an action
-# whose return beats v_t becomes more likely (REINFORCE: no gradient flows through the dream). The
-# slow critic, a trailing average of the critic, keeps its targets steady. With eta = `entropy`:
+# From every state of the batch the actor dreams H steps ahead, without an environment. The critic
+# learns what return v_t to expect; an action whose return beats it becomes more likely (REINFORCE:
+# no gradient flows through the dream). The slow critic, a trailing average, steadies the targets.
 # - Eq. 3.1 `a_t ~ pi(. | h_t, z_t)`, `h_{t+1} = f(h_t, z_t, a_t)`, `z_{t+1} ~ p(. | h_{t+1})`
 # - Eq. 3.2 `R_t = r_{t+1} + gamma c_{t+1} ((1 - lam) v_{t+1} + lam R_{t+1})`, `R_H = v_H`
 # - Eq. 3.3 `w_t = c_0 (gamma c_1) ... (gamma c_t)`: the dream counts only while it is alive
@@ -481,15 +467,14 @@ def update_world_model(agent: Agent, batch: Named) -> tuple[Tensor, Tensor, Name
 # - Eq. 3.6 `critic loss = -w_t (ln p(R_t | h_t, z_t) + ln p(slow critic's v_t | h_t, z_t))`
 
 # %% 3.1 Imagination
-def imagine(model: WorldModel, actor: Actor, h: Tensor, z: Tensor, horizon: int,
-            given: Tensor | None = None) -> Tensors:
-    """h [N,D], z [N,S*K] -> features [H+1,N,F], the start first, and actions [H,N,A]: the actor's,
-    or those that are `given`. Eq. 3.1."""
-    feats, actions = [torch.cat([h, z], -1)], []  # [N,F]
+def imagine(model: WorldModel, actor: Actor, feat: Tensor, horizon: int,
+            given: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Eq. 3.1: from states (h, z) [N,F], these first, to states [H+1,N,F] and the actions [H,N,A]
+    between them: the actor's, or those that are `given`."""
+    feats, actions = [feat], []
     for t in range(horizon):
-        actions.append(actor(sg(feats[-1])).sample() if given is None else given[t])  # [N,A]
-        h, z = model.rssm.img_step(h, z, actions[-1])  # [N,D], [N,S*K]
-        feats.append(torch.cat([h, z], -1))  # [N,F]
+        actions.append(actor(sg(feats[t])).sample() if given is None else given[t])  # [N,A]
+        feats.append(model.rssm.img_step(feats[t], actions[t]))  # [N,F]
     return torch.stack(feats), torch.stack(actions)
 
 # %% 3.2 Lambda-return
@@ -510,39 +495,42 @@ def return_scale(return_range: Tensor, returns: Tensor, rate: float) -> Tensor:
     return (return_range[1] - return_range[0]).clamp(min=1.0)
 
 # %% 3.4 Actor and critic losses, behavior update step
-def update_behavior(agent: Agent, h: Tensor, z: Tensor) -> Named:
-    """Dream from h [N,D] and z [N,S*K], then one step of the actor and one of the critic."""
+def update_behavior(agent: Agent, feat: Tensor) -> dict[str, Tensor]:
+    """Dream from states (h, z) [N,F], then one step of the actor and one of the critic."""
     config, model, actor, critic = agent.config, agent.world_model, agent.actor, agent.critic
     with torch.no_grad():  # allowed: REINFORCE needs the gradient of ln pi alone, computed below
-        feat, action = imagine(model, actor, h, z, config.horizon)  # [H+1,N,F], [H,N,A]
-        (reward, cont), value = model.predict(feat), critic(feat)  # each [H+1,N]
-        returns = lambda_return(reward, value, cont, config.gamma, config.lam)  # [H,N]
-        weight = torch.cumprod(config.gamma * cont[:-1], 0) / config.gamma  # [H,N] Eq. 3.3
-        scale = return_scale(agent.return_range, returns, config.return_rate)  # []
-    feat, advantage = feat[:-1], (returns - value[:-1]) / scale  # [H,N,F], [H,N]: no action in H
+        feat, action = imagine(model, actor, feat, config.horizon)  # [H+1,N,F], [H,N,A]
+        reward, cont = model.predict(feat)  # each [H+1,N]
+    logits = critic.net(sg(feat))  # [H+1,N,255]
+    value = twohot_decode(sg(logits), critic.bins)  # [H+1,N]
+    returns = lambda_return(reward, value, cont, config.gamma, config.lam)  # [H,N] Eq. 3.2
+    weight = torch.cat([cont[:1], config.gamma * cont[1:-1]]).cumprod(0)  # [H,N] Eq. 3.3
+    scale = return_scale(agent.return_range, returns, config.return_rate)  # [] Eq. 3.4
+
+    feat, logits, baseline = feat[:-1], logits[:-1], value[:-1]  # state H has no action
     policy = actor(sg(feat))
     entropy = policy.entropy()  # [H,N]
+    advantage = (returns - baseline) / scale  # [H,N]
     gain = sg(advantage) * policy.log_prob(sg(action)) + config.entropy * entropy  # [H,N]
-    actor_loss = -(sg(weight) * gain).mean()  # Eq. 3.5
-    surprise = critic.loss(sg(feat), sg(returns), sg(agent.slow_critic(feat)))  # [H,N]
-    critic_loss = (sg(weight) * surprise).mean()  # Eq. 3.6
+    actor_loss = -(sg(weight) * gain).mean()  # [] Eq. 3.5
+    slow_value = agent.slow_critic(feat)  # [H,N]
+    surprise = critic.loss(logits, sg(returns)) + critic.loss(logits, sg(slow_value))  # [H,N]
+    critic_loss = (sg(weight) * surprise).mean()  # [] Eq. 3.6
     assert gain.shape == surprise.shape == weight.shape
-    metrics = {
-        "ac/actor": actor_loss.detach(), "ac/critic": critic_loss.detach(),
-        "ac/entropy": entropy.detach().mean(), "ac/return": returns.mean(),
-        "ac/value": value.mean(), "ac/return_scale": scale}
-    gradient_step(actor_loss, "actor", agent, metrics)
-    gradient_step(critic_loss, "critic", agent, metrics)
+
+    gradient_step(agent, "actor", actor_loss)
+    gradient_step(agent, "critic", critic_loss)
     with torch.no_grad():
         for slow, fast in zip(agent.slow_critic.parameters(), critic.parameters(), strict=True):
             slow.lerp_(fast, config.slow_rate)
-    return metrics
+    return {"ac/actor": actor_loss.detach(), "ac/critic": critic_loss.detach(),
+            "ac/entropy": entropy.detach().mean(), "ac/return": returns.mean(),
+            "ac/value": value.mean(), "ac/return_scale": scale}
 
 # %% [markdown]
 # # Section 4: Training Loop
-# Random actions fill the replay buffer, and the world model alone learns from them for a while: an
-# actor that learns from states without meaning settles on a policy that shows nothing new. Then
-# act, update the world model, update the behavior, and again. The last cell of the file starts it.
+# After random actions, from which the world model learns alone for a while: act, update the world
+# model on real rows, update the behavior in a dream, and again.
 
 # %% 4.1 Acting
 class Agent(nn.Module):
@@ -550,597 +538,353 @@ class Agent(nn.Module):
     def __init__(self, action_space: gym.Space, config: Config):
         super().__init__()
         self.config, self.action_space = config, action_space
-        self.action_size = gym.spaces.flatdim(action_space)
-        self.world_model = WorldModel(self.action_size, config)
+        self.world_model = WorldModel(flatdim(action_space), config)
         self.actor = Actor(self.world_model.feat_size, action_space, config.units)
         self.critic = Critic(self.world_model.feat_size, config.units, layers=2)
         self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.register_buffer("return_range", torch.zeros(2))  # running 5th and 95th percentile
-        self.to(config.device)
-        self.optimizer = torch.optim.Adam(self.parameters(), config.lr, fused=True)
+        with explain(f"--device {config.device}"):
+            self.to(config.device)
+        self.optimizers = {  # each holds the weights of one part, and moves no others
+            name: torch.optim.Adam(getattr(self, name).parameters(), config.lr, fused=True)
+            for name in ("world_model", "actor", "critic")}
 
     @torch.no_grad()
-    def act(self, obs: np.ndarray, state: Tensors | None = None, explore: bool = False) -> tuple:
+    def act(self, obs: np.ndarray, state: tuple | None = None, explore: bool = False) -> tuple:
         """Frame uint8 [64,64,3], state from the last call (None: first frame) -> the most likely
-        action (a sample if `explore`) for `PixelEnv.step`, state (h, z, action [1,A]). The
+        action (a sample if `explore`) for `PixelEnv.step`, state ((h, z) [1,F], action [1,A]). The
         recursion is the one that trains: a frame goes in with the action that led to it."""
-        model, device = self.world_model, self.config.device
-        embed = model.encoder(torch.as_tensor(obs, device=device).unsqueeze(0))
-        is_first = torch.tensor([state is None], device=device)
-        h, z, _ = model.rssm.obs_step(*(state or model.rssm.initial(1)), embed, is_first)
-        policy = self.actor(torch.cat([h, z], -1))
-        action = policy.sample() if explore else policy.mode
-        return gym.spaces.unflatten(self.action_space, action[0].cpu().numpy()), (h, z, action)
+        rssm, obs = self.world_model.rssm, torch.as_tensor(obs, device=self.config.device)
+        if state is None:
+            state = rssm.initial(1), obs.new_zeros(1, flatdim(self.action_space))
+        feat, _ = rssm.obs_step(*state, self.world_model.encoder(obs[None]))  # [1,F]
+        policy = self.actor(feat)
+        action = policy.sample() if explore else policy.mode  # [1,A]
+        return unflatten(self.action_space, action[0].cpu().numpy()), (feat, action)
 
-# %% 4.2 Collecting
-def episode_seed(seed: int, number: int, evaluation: bool) -> int:
+# %% 4.2 Playing an episode
+def episode_seed(seed: int, number: int, evaluation: bool = False) -> int:
     """Training episodes have even seeds, evaluation episodes odd ones: they never meet."""
     return 2 * (1_000_000 * seed + number) + evaluation
 
-def play(env: PixelEnv, act: Callable, seed: int):
-    """An episode of `act(obs, state) -> (action, state)`; yields rows of the time diagram, is_last.
-    DreamerError, which says where, for whatever goes wrong in the environment."""
-    env.action_space.seed(seed)
-    action, state, prev_action = None, None, np.zeros(gym.spaces.flatdim(env.action_space))
-    for step in itertools.count():
-        try:
-            obs, reward, terminated, truncated, *_ = env.step(action) if step else (
-                env.reset(seed=seed)[0], 0.0, False, False)
-            if not np.isfinite(reward):
-                raise ValueError(f"the reward is {reward}")
-        except Exception as error:  # whatever an environment raises
-            where = f"{env.env_id}, episode with seed {seed}, step {step}"
-            raise DreamerError(f"{where}: {error!r}") from error
-        is_last = terminated or truncated  # a time limit ends the episode, but is not terminated
-        yield dict(prev_action=prev_action, obs=obs, reward=reward, terminated=terminated,
-                   is_first=step == 0), is_last
-        if is_last:
-            return
-        action, state = act(obs, state)
-        prev_action = gym.spaces.flatten(env.action_space, action)  # one-hot if Discrete
+def play(agent: Agent, env: PixelEnv, seed: int, chance: float = 0.0) -> list[dict]:
+    """The rows of an episode with the most likely actions, until by this chance random ones take
+    over: where a policy balances, frames hardly change, and a dream has nothing to foresee."""
+    env.reset(seed=seed)
+    rows, state, at_random = [env.row], None, False
+    while not env.row["is_last"]:
+        at_random = at_random or torch.rand(()) < chance
+        action, state = agent.act(env.row["obs"], state)
+        env.step(env.action_space.sample() if at_random else action)
+        rows.append(env.row)
+    return rows
 
-# %% 4.3 A run, which can stop and go on
-CHECKPOINTS = "checkpoint.pt.gz", "checkpoint-before.pt.gz"  # the newest, and the one before
+# %% 4.3 The training loop
+def updates_due(config: Config, step: int) -> int:
+    """World model updates that should have been made after so many environment steps."""
+    learning = min(step, config.steps) - config.prefill  # steps since the prefill
+    per_step = config.train_ratio / (config.batch_size * config.batch_length)
+    return config.pretrain + int(per_step * learning) if learning >= 0 else 0
 
-class Run:
-    """A training run: `progress`, and what else `save` writes, is all that there is of it."""
-    progress = ("step", "updates", "episodes", "past", "score", "state", "values", "lines")
+def set_learning_rate(agent: Agent, step: int) -> None:
+    """It falls to zero at the end: the final policy is not the draw of a noisy last step."""
+    left = max(0.0, 1 - step / agent.config.steps) / max(agent.config.lr_decay, 1e-9)
+    for optimizer in agent.optimizers.values():
+        optimizer.param_groups[0]["lr"] = agent.config.lr * min(1.0, left)
 
-    def __init__(self, config: Config, folder: Path):
-        self.config, self.folder, self.start = config, folder, time.monotonic()
-        self.env = PixelEnv(config.env, action_repeat=config.action_repeat)
-        torch.manual_seed(config.seed)
-        self.agent = Agent(self.env.action_space, config)
-        self.replay = ReplayBuffer(config.capacity, self.agent.action_size)
-        self.step = self.updates = self.episodes = self.score = self.signal = 0
-        self.past, self.state = [], None  # actions of the episode under way; state of the agent
-        self.values, self.lines = {}, []  # metrics since the last line; lines of metrics.jsonl
+def train(config: Config, resume: str | Path | None = None, agent: Agent | None = None) -> Path:
+    """Train a new agent, or the given one, or go on with the run in the folder `resume`; returns
+    the run's folder. The same config gives the same metrics (times aside) on the same CPU, however
+    often the run was killed. DreamerError if the run exists already, or cannot go on."""
+    folder = run_folder(config) if resume is None else Path(resume)
+    torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    env = PixelEnv(config.env, config.action_repeat)
+    agent = agent or Agent(env.action_space, config)
+    replay, log = ReplayBuffer(config.capacity), Log(folder)
+    step = episode = updates = 0
+    if resume is not None:
+        step, episode, updates = load_checkpoint(agent, replay, log)
+    next_save = save_checkpoint(agent, replay, log, step, episode, updates)
+    print(f'Results: {folder}. If it is stopped: python dreamer.py --resume "{folder}"')
+    total = 2 * updates_due(config, config.steps) - config.pretrain  # of world model and behavior
+    bar = tqdm(total=total, initial=max(updates, 2 * updates - config.pretrain), unit="update")
 
-    def episode(self):
-        """An episode into the replay buffer, from where the run is; yields after every step.
-        A resumed run first takes the actions in `past` again, to come back into its episode."""
-        space, again, seed = self.env.action_space, [*self.past], self.config.seed
+    while step < config.steps:
+        env.reset(seed=episode_seed(config.seed, episode))
+        replay.add(env.row)
+        at_random, state, score, begin = step < config.prefill, None, 0.0, step
+        while not env.row["is_last"]:
+            if at_random:
+                action = env.action_space.sample()
+            else:
+                action, state = agent.act(env.row["obs"], state, explore=True)
+            env.step(action)
+            replay.add(env.row)
+            step, score = step + 1, score + env.row["reward"]
+            while updates < updates_due(config, step):
+                set_learning_rate(agent, step)
+                batch = replay.sample(config.batch_size, config.batch_length, config.device)
+                feat, metrics = update_world_model(agent, batch)
+                if updates >= config.pretrain:
+                    metrics |= update_behavior(agent, feat)
+                    bar.update()
+                bar.update()
+                updates += 1
+                log.add(metrics)
 
-        def act(obs: np.ndarray, _) -> tuple:
-            if again:
-                return gym.spaces.unflatten(space, again.pop(0).numpy()), None
-            if self.step < self.config.prefill:  # seeded by the step, for runs that are resumed
-                space.seed(episode_seed(seed, self.step, evaluation=False))
-                return space.sample(), None
-            action, self.state = self.agent.act(obs, self.state, explore=True)
-            return action, None
-
-        rows = play(self.env, act, episode_seed(seed, self.episodes, evaluation=False))
-        known = len(again) + bool(again)  # rows of these actions, and the first: already in replay
-        for row, is_last in itertools.islice(rows, known, None):
-            self.replay.add(row)
-            if row["is_first"]:  # no step has been made
-                continue
-            self.step, self.score = self.step + 1, self.score + row["reward"]
-            self.past.append(torch.from_numpy(row["prev_action"]))
-            if not is_last:
-                yield
-        self.log({"env/return": self.score, "env/length": len(self.past)})
-        self.episodes, self.score, self.past, self.state = self.episodes + 1, 0, [], None
-        yield
-
-    def update(self) -> None:
-        """An update of the world model and, after `pretrain` of those, one of the behavior."""
-        config, left = self.config, 1 - self.step / self.config.steps
-        decay = min(1, left / config.lr_decay) if config.lr_decay else 1
-        self.agent.optimizer.param_groups[0]["lr"] = config.lr * decay
-        batch = self.replay.sample(config.batch_size, config.batch_length, config.device)
-        h, z, metrics = update_world_model(self.agent, batch)
-        if self.updates >= config.pretrain:
-            metrics |= update_behavior(self.agent, h, z)
-        self.updates += 1
-        self.log(metrics)
-
-    def log(self, metrics: dict) -> None:
-        for name, value in metrics.items():
-            self.values.setdefault(name, []).append(float(value))
-        shown = ("env/return", "wm/recon", "wm/kl", "ac/actor", "ac/critic", "ac/entropy")
-        self.bar.set_postfix({k: self.values[k][-1] for k in shown if k in self.values}, False)
-        self.bar.update(self.step - self.bar.n)
-
-    def report(self, finished: bool) -> None:
-        """If they are due: an evaluation, a line of metrics.jsonl with the means since the last."""
-        config, seconds = self.config, time.monotonic() - self.start
-        if finished or self.step % config.eval_every == 0:
-            self.log(evaluate(self.agent, config.eval_episodes, config.seed, self.folder))
-        elif self.step % config.log_every:
-            return
-        line = {"env/step": self.step, "env/episodes": self.episodes, "wm/updates": self.updates,
-                "time/seconds": seconds, "time/env_steps_per_second": self.step / seconds,
-                "time/updates_per_second": self.updates / seconds}
-        line |= {name: float(np.mean(values)) for name, values in self.values.items()}
-        self.lines, self.values = [*self.lines, line], {}
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
-        draw_curves(self.lines, self.folder / "curves.png")
-
-    def save(self) -> None:
-        """checkpoint.pt.gz, written beside and renamed when whole; the one before stays with it."""
-        new, newest, before = (self.folder / name for name in ("new.pt.gz", *CHECKPOINTS))
-        rows = {k: torch.from_numpy(x[: self.replay.count]) for k, x in self.replay.rows.items()}
-        cuda = torch.cuda.get_rng_state_all() if self.config.device == "cuda" else []
-        with gzip.open(new, "wb", compresslevel=1) as file:
-            torch.save({
-                "config": asdict(self.config), "seconds": time.monotonic() - self.start,
-                "agent": self.agent.state_dict(), "optimizer": self.agent.optimizer.state_dict(),
-                "random": [torch.get_rng_state(), *cuda],
-                "progress": {name: getattr(self, name) for name in self.progress},
-                "rows": rows, "count": self.replay.count}, file)
-        if newest.exists():
-            newest.replace(before)
-        new.replace(newest)
-
-    def load(self) -> None:
-        """Go on from the checkpoint in the folder."""
-        state = read_checkpoint(self.folder)
-        for name, value in state["config"].items():
-            if name not in ("steps", "device") and value != getattr(self.config, name):
-                raise DreamerError(f"{name} was {value}, and cannot change when a run is resumed")
-        if self.config.steps < state["progress"]["step"]:
-            raise DreamerError(f"the run has made {state['progress']['step']} steps already")
-        self.agent.load_state_dict(state["agent"])
-        self.agent.optimizer.load_state_dict(state["optimizer"])
-        for name, x in state["rows"].items():
-            self.replay.rows[name][: len(x)] = x
-        self.replay.count, self.start = state["count"], self.start - state["seconds"]
-        vars(self).update(state["progress"])
-        self.state = self.state and tuple(x.to(self.config.device) for x in self.state)
-        torch.set_rng_state(state["random"][0])
-        if self.config.device == "cuda":
-            torch.cuda.set_rng_state_all(state["random"][1:])
-
-    def stop(self, number: int, _) -> None:
-        """For a signal: stop where the run can be saved; at a second one, at once."""
-        self.signal = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    def loop(self) -> None:
-        """Act, update, report, until all steps are made or a signal comes."""
-        config, saved = self.config, -np.inf
-        steps = itertools.chain.from_iterable(iter(self.episode, None))  # without end
-        ratio = config.train_ratio / (config.batch_size * config.batch_length)  # updates in a step
-        while True:
-            due = config.pretrain + int(ratio * (self.step - config.prefill))
-            behind = self.step >= config.prefill and self.updates < due
-            finished, stopped = self.step >= config.steps and not behind, self.signal
-            if stopped or finished or time.monotonic() > saved + config.save_every:
-                self.save()  # the one place where a run stops, and so the one from which it goes on
-                saved = time.monotonic()
-            if stopped:
-                return
-            if behind:
-                self.update()
-                continue
-            if self.step:
-                self.report(finished)
-            if finished:  # saved before its last line: with more steps a run goes on without it
-                return
-            next(steps)
-
-# %% 4.4 Training
-def train(config: Config, resume: str | Path | None = None) -> Path:
-    """Train from scratch, or go on with the run in the folder `resume`; returns the run's folder.
-    The same config gives the same metrics (times aside) on the same CPU and number of threads, no
-    matter how often it was stopped. SIGINT and SIGTERM raise SystemExit, after saving.
-    Raises DreamerError, before anything is written, for what is wrong with the config."""
-    name = re.sub("[^A-Za-z0-9._-]", "-", f"{config.env}-{config.seed}")
-    folder = Path(resume or Path(config.runs) / name)
-    if not resume and any((folder / file).exists() for file in ("metrics.jsonl", *CHECKPOINTS)):
-        raise DreamerError(f"{folder} exists: --resume it, or choose another seed or runs")
-    if resume and not folder.is_dir():
-        raise DreamerError(f"{folder} is not the folder of a run")
-    need, free = 12.5e-6 * min(config.capacity, 2 * config.steps), virtual_memory().available / 1e9
-    if need > free:
-        raise DreamerError(f"replay needs {need:.1f} of {free:.1f} GB of memory: lower --capacity")
-    run = Run(config, folder)
-    if config.init_from and not resume:
-        init_from(run.agent, config.init_from)
-    folder.mkdir(parents=True, exist_ok=True)
-    run.bar = tqdm(total=config.steps, unit="step", mininterval=0.5, miniters=0, dynamic_ncols=True)
-    with FileLock(folder / "in-use.lock", timeout=0), run.bar:  # one process at a time
-        if resume:
-            run.load()
-            lines = "".join(json.dumps(line) + "\n" for line in run.lines)
-            (folder / "metrics.jsonl").write_text(lines)  # without those after the checkpoint
-        (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
-        main_thread = threading.current_thread() is threading.main_thread()  # it alone may do this
-        numbers = (signal.SIGINT, signal.SIGTERM) if main_thread else ()
-        handlers = {number: signal.signal(number, run.stop) for number in numbers}
-        try:
-            run.loop()
-        except FloatingPointError as error:
-            raise DreamerError(f"step {run.step}, update {run.updates}: {error}") from error
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-    if run.signal:
-        draw_curves(run.lines, folder / "curves.png")
-        print(f"stopped at step {run.step} of {config.steps}, and saved; to go on: "
-              f'python dreamer.py --resume "{folder}"', file=sys.stderr)
-        raise SystemExit(128 + run.signal)
+        # Between episodes the environment has nothing to remember: from here a run can go on
+        episode += 1
+        log.add({"env/return": score, "env/length": step - begin})
+        bar.set_postfix(step=step, episode_return=score)
+        finished = step >= config.steps
+        if finished or step // config.eval_every > begin // config.eval_every:
+            log.add(evaluate(agent, config.eval_episodes, config.seed))
+        if finished or step // config.log_every > begin // config.log_every:
+            log.write(step, episode, updates)
+            if finished or time.monotonic() > next_save:
+                next_save = save_checkpoint(agent, replay, log, step, episode, updates)
+    bar.close()
     return folder
 
-# %% 4.5 Files and curves
+# %% 4.4 Log, curves, checkpoint
+class Log:
+    """The lines of metrics.jsonl: each holds the means of the metrics since the line before."""
+    def __init__(self, folder: Path):
+        self.folder, self.start, self.lines, self.values = folder, time.monotonic(), [], {}
+
+    def add(self, metrics: dict) -> None:
+        """Numbers, or tensors, which are read only for a line: reading makes a GPU wait."""
+        for name, value in metrics.items():
+            self.values.setdefault(name, []).append(value)
+
+    def write(self, step: int, episodes: int, updates: int) -> None:
+        """One more line of metrics.jsonl, and curves.png drawn anew."""
+        seconds = time.monotonic() - self.start
+        line = {"env/step": step, "env/episodes": episodes, "wm/updates": updates,
+                "time/seconds": seconds, "time/env_steps_per_second": step / seconds,
+                "time/updates_per_second": updates / seconds}
+        line |= {name: float(np.mean([*map(float, x)])) for name, x in self.values.items()}
+        self.lines, self.values = [*self.lines, line], {}
+        text = "".join(json.dumps(line) + "\n" for line in self.lines)
+        (self.folder / "metrics.jsonl").write_text(text)
+        draw_curves(self.lines, self.folder / "curves.png")
+
+def draw_curves(lines: list[dict], path: Path) -> None:
+    """curves.png: the metrics that the lesson asks for, over environment steps."""
+    keys = ["env/return", "eval/return", "wm/recon", "wm/kl",
+            "ac/entropy", "eval/trajectory_entropy", "eval/reward_rho", "eval/return_rho"]
+    figure = Figure(figsize=(15, 6.5), layout="constrained")
+    for axes, key in zip(figure.subplots(2, 4).flat, keys, strict=True):
+        points = [(line["env/step"], line[key]) for line in lines if key in line]
+        axes.plot(*np.reshape(points, (-1, 2)).T, ".-")
+        axes.set(title=key, xlabel="environment steps")
+        axes.set_yscale("log" if key == "wm/recon" else "linear")
+    figure.savefig(path, dpi=100)
+
+def run_folder(config: Config) -> Path:
+    """RUNS/ENV-SEED, in characters that every file system takes; DreamerError if it is taken."""
+    folder = Path(config.runs) / re.sub("[^A-Za-z0-9._-]", "-", f"{config.env}-{config.seed}")
+    if (folder / "checkpoint.pt.gz").exists():
+        raise DreamerError(f"{folder} exists: --resume it, or choose another --seed or --runs")
+    return folder
+
+def save_checkpoint(agent: Agent, replay: ReplayBuffer, log: Log, *progress: int) -> float:
+    """All that a run is, into checkpoint.pt.gz: written beside, and renamed when it is whole.
+    Returns when the next one is due by `time.monotonic`: they take at most 5 % of the time."""
+    start, config, folder = time.monotonic(), asdict(agent.config), log.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    state = {
+        "config": config, "agent": agent.state_dict(), "random": torch.get_rng_state(),
+        "optimizers": {name: x.state_dict() for name, x in agent.optimizers.items()},
+        "rows": stack_rows(replay.rows, "cpu"),
+        "lines": log.lines, "seconds": start - log.start, "progress": progress}
+    with gzip.open(folder / "new.pt.gz", "wb", compresslevel=1) as file:
+        torch.save(state, file)  # gzip's checksum will tell whether it is whole
+    (folder / "new.pt.gz").replace(folder / "checkpoint.pt.gz")
+    now = time.monotonic()
+    return now + max(agent.config.save_every, 20 * (now - start))
+
 def read_checkpoint(path: str | Path) -> dict:
-    """A checkpoint file, or the newest in a run's folder that is whole: gzip's checksum tells.
-    Runs no code from the file. Raises DreamerError if there is none, or of another version."""
-    path, problems = Path(path), []
-    for file in [path / name for name in CHECKPOINTS] if path.is_dir() else [path]:
-        try:
-            with gzip.open(file) as packed:
-                state = torch.load(packed, map_location="cpu", weights_only=True)
-            Config(**state["config"] | {"device": "cpu"})  # TypeError: another version wrote it
-            if problems:
-                print(f"{problems[0]}; took {file} in its place", file=sys.stderr)
-            return state
-        except Exception as error:  # a damaged file raises any of a dozen types
-            problems.append(f"{file.name}: {error!r}")
-    raise DreamerError(f"{path} is no checkpoint that can be used ({'; '.join(problems)})")
+    """The checkpoint in a run's folder, or in a file, of which no code is run. DreamerError if
+    there is none, if it is damaged, or if another version wrote it."""
+    with explain(f"{path} holds no checkpoint that can be used"):
+        file = Path(path) / "checkpoint.pt.gz" if Path(path).is_dir() else path
+        with gzip.open(file) as packed:
+            state = torch.load(packed, map_location="cpu", weights_only=True)
+        Config(**state["config"])
+        return state
+
+def load_checkpoint(agent: Agent, replay: ReplayBuffer, log: Log) -> tuple[int, int, int]:
+    """Go on from the checkpoint in the log's folder; returns step, episode and updates."""
+    state = read_checkpoint(log.folder)
+    agent.load_state_dict(state["agent"])
+    for name, optimizer in agent.optimizers.items():
+        optimizer.load_state_dict(state["optimizers"][name])
+    columns = [x.numpy() for x in state["rows"].values()]
+    replay.rows = [dict(zip(state["rows"], row, strict=True)) for row in zip(*columns, strict=True)]
+    log.lines, log.start = state["lines"], log.start - state["seconds"]
+    torch.set_rng_state(state["random"])
+    return state["progress"]
 
 def load_agent(path: str | Path, device: str = "auto") -> Agent:
-    """The agent in a run's folder or checkpoint file, ready for `agent.act` and `evaluate`.
-    Raises DreamerError if there is no whole one."""
+    """The agent in a run's folder or checkpoint file, for `agent.act` and `evaluate`."""
     state = read_checkpoint(path)
     config = Config(**state["config"] | {"device": device})
     agent = Agent(PixelEnv(config.env).action_space, config)
     agent.load_state_dict(state["agent"])
     return agent
 
-def init_from(agent: Agent, path: str) -> None:
-    """Start from the weights of a run, or from those in a .pt file: the state_dict of one of
-    encoder, rssm, decoder, reward_head, cont_head, actor and critic, or {name: state_dict} of
-    several. Prints what is loaded, and what does not fit."""
-    def parts_of(agent: Agent) -> dict[str, nn.Module]:
-        return dict(agent.world_model.named_children(), actor=agent.actor, critic=agent.critic)
-
-    try:
-        saved = torch.load(path, "cpu", weights_only=True) if path.endswith((".pt", ".pth")) else {
-            name: part.state_dict() for name, part in parts_of(load_agent(path, "cpu")).items()}
-        loaded = []
-        for name, part in parts_of(agent).items():
-            own, new = ({(key, getattr(x, "shape", None)) for key, x in weights.items()}
-                        for weights in (part.state_dict(), saved.get(name, saved)))
-            if own == new:  # all of a part, or nothing
-                part.load_state_dict(saved.get(name, saved))
-                loaded.append(name)
-                print(f"{path}: {name} is loaded")
-            elif name in saved:
-                wrong = ", ".join(sorted({key for key, _ in own ^ new}))
-                print(f"{path}: {name} does not fit: {wrong}")
-        if not loaded:
-            raise ValueError(f"it holds no {', '.join(parts_of(agent))} that fits")
-    except Exception as error:  # a damaged file raises any of a dozen types
-        raise DreamerError(f"--init-from {path}: {error}") from error
-    agent.slow_critic.load_state_dict(agent.critic.state_dict())
-
-def draw_curves(lines: list[dict], path: Path) -> None:
-    """curves.png from the lines of metrics.jsonl: the panels below, over environment steps."""
-    panels = {
-        "episode return": ["env/return", "eval/return"], "reconstruction loss": ["wm/recon"],
-        "KL of posterior and prior, nats": ["wm/dyn", "wm/rep", "wm/kl"],
-        "actor entropy, nats": ["ac/entropy"],
-        "correlation of dreamed and real": ["eval/reward_rho", "eval/return_rho"],
-        "trajectory entropy, nats": ["eval/trajectory_entropy"]}
-    figure = Figure(figsize=(12, 6.5), layout="constrained")
-    for axes, (label, keys) in zip(figure.subplots(2, 3).flat, panels.items(), strict=True):
-        for key in keys:
-            points = [(x["env/step"], x[key], x.get(f"{key}_std", 0)) for x in lines if key in x]
-            axes.errorbar(*np.reshape(points, (-1, 3)).T, marker=".", label=key)
-        scale = "log" if "wm/recon" in keys else "linear"
-        axes.set(xlabel="environment steps", ylabel=label, yscale=scale)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(path, dpi=100)
-
 # %% [markdown]
 # # Section 5: Self-Evaluation Metrics
-# Does the dream match the world, in episodes that were never trained on? From states that saw the
-# frames the prior dreams on, K steps, under the actions that were really taken. A hat marks what
-# was dreamed; alive_k is 1 until the real episode has terminated, then 0 (and any action goes).
+# Does the dream match the world, in episodes that were never trained on? From states that saw real
+# frames the prior dreams K steps on, under the actions that were really taken. A hat marks what was
+# dreamed; alive_k is 1 until the real episode has terminated, then 0.
 # - Eq. 5.1 `reward_rho = corr(hat c_1 ... hat c_{k-1} hat r_k, alive_{k-1} r_k)`, over all k <= H
 # - Eq. 5.2 `return_rho`: the same, of sums over k <= H discounted by `gamma^{k-1}`
-# - Eq. 5.3 `reward_error_k`: mean difference of the two rewards of Eq. 5.1, k = 1, 5, 15, 50
-# - Eq. 5.4 `pixel_error_k = |o_k - decoder(hat h_k, hat z_k)|^2`, summed as in Eq. 2.1, beside what
-#   the last frame that was seen (`repeat`) and the mean frame (`mean`) miss
-# - Eq. 5.5 `trajectory_entropy`: sum over H dreamed steps of the actor of `policy_entropy`, that of
-#   pi(. | h_k, z_k), and `latent_entropy`, that of the prior p(. | h_{k+1})
-# - Eq. 5.6 `latent_fid = |m - m'|^2 + tr(C + C' - 2 (C C')^{1/2})`, means, covariances of real and
-#   dreamed (h_H, z_H): the lesson's FID with the agent's own features, for want of a pretrained net
-# - Eq. 5.7 `value_error = mean |v_t - (r_{t+1} + gamma r_{t+2} + ...)|`, rewards that really came
+# - Eq. 5.3 `pixel_error_k`: Eq. 2.1 of the frame dreamed k steps on; beside it what the last frame
+#   that was seen (`repeat`) and the mean frame (`mean`) miss
+# - Eq. 5.4 `trajectory_entropy`: sum over H dreamed steps of the entropies of actor and prior
 
 # %% 5.1 Evaluation on unseen seeds
-def evaluate(agent: Agent, episodes: int = 20, seed: int = 0, folder: Path | None = None) -> dict:
-    """The metrics of this section as `eval/...`, without those that are not defined. Returns are
-    sums of rewards of `episodes` unseen episodes, played with the most likely actions. `held_out`
-    rows are kept: the first half from these (Eq. 5.7), the rest from further ones in which random
-    actions take over (the others). Pictures go to `folder`. Leaves the random state as it was."""
+def evaluate(agent: Agent, episodes: int = 20, seed: int = 0) -> dict[str, float]:
+    """Returns (sums of rewards) of `episodes` unseen episodes, and the metrics of the dream on
+    `held_out` rows of further ones, as `eval/...`; what is not defined is left out. The same seed
+    gives the same numbers, and the random state stays as it was."""
     if episodes < 1:
-        raise DreamerError(f"episodes has to be at least 1, not {episodes}")
-    env, returns = PixelEnv(agent.config.env, action_repeat=agent.config.action_repeat), []
-    held_out = ReplayBuffer(agent.config.held_out, agent.action_size)
-
-    def policy_then_random(obs: np.ndarray, state) -> tuple:
-        if state == "random" or torch.rand(()) < 0.02:  # after 50 steps, on average
-            return env.action_space.sample(), "random"
-        return agent.act(obs, state)
-
-    bar = tqdm(total=episodes, desc="evaluation", unit="episode", leave=False)
-    with bar, fork_rng(agent.config.device):
+        raise DreamerError(f"episodes must be at least 1, not {episodes}")
+    env = PixelEnv(agent.config.env, agent.config.action_repeat)
+    returns, held_out = [], []
+    with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)
-        while (number := len(returns)) < episodes or held_out.count < held_out.capacity:
-            by_policy = number < episodes
-            act = agent.act if by_policy else policy_then_random
-            returns.append(0.0)
-            for row, _ in play(env, act, episode_seed(seed, number, evaluation=True)):
-                returns[-1] += row["reward"]
-                if held_out.count < held_out.capacity // (1 + by_policy):
-                    held_out.add(row)
-            if by_policy:
-                policy_rows = held_out.count
-            bar.update(by_policy)
-        metrics = dream_metrics(agent, held_out.rows, policy_rows, folder)
-    env.close()
-    statistics = {"": np.mean, "_std": np.std, "_min": np.min, "_max": np.max}
-    metrics = {f"return{k}": float(f(returns[:episodes])) for k, f in statistics.items()} | metrics
-    if missing := [name for name, value in metrics.items() if not np.isfinite(value)]:
-        tqdm.write(f"not defined on these episodes: {', '.join(missing)}", sys.stderr)
-    return {f"eval/{name}": metrics[name] for name in metrics if name not in missing}
+        for number in tqdm(range(episodes), "evaluation", leave=False):
+            rows = play(agent, env, episode_seed(seed, number, evaluation=True))
+            returns.append(sum(row["reward"] for row in rows))
+        while len(held_out) < agent.config.held_out:
+            number += 1
+            held_out += play(agent, env, episode_seed(seed, number, evaluation=True), chance=0.02)
+        metrics = dream_metrics(agent, held_out)
+    metrics |= {"return": np.mean(returns), "return_std": np.std(returns),
+                "return_min": np.min(returns), "return_max": np.max(returns)}
+    return {f"eval/{name}": float(x) for name, x in metrics.items() if np.isfinite(float(x))}
 
 # %% 5.2 Dreamed against real
-def correlation(x: Tensor, y: Tensor) -> float:
-    """Pearson's, of two vectors; nan where one of them does not vary."""
-    if len(x) == 0 or x.min() == x.max() or y.min() == y.max():
-        return np.nan
-    return torch.corrcoef(torch.stack([x, y]).double())[0, 1].item()
+def follow(rows: dict[str, Tensor], start: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows [steps+1,N] that come after the rows `start` [N], at most the episode's last;
+    whether it lasted so long, and whether all is known: after a termination nothing comes."""
+    ends = rows["is_last"].nonzero().flatten()
+    end = ends[torch.searchsorted(ends, start)]  # [N]
+    row = start + torch.arange(steps + 1, device=start.device).unsqueeze(1)
+    return torch.minimum(row, end), row <= end, (row <= end) | rows["terminated"][end]
 
-def frechet_distance(x: Tensor, y: Tensor) -> float:
-    """Eq. 5.6, for features [N,F] and [M,F] (FID, arXiv:1706.08500); nan for less than two."""
-    if min(len(x), len(y)) < 2:
-        return np.nan
-    (m, c), (n, d) = ((feat.mean(0), torch.cov(feat.T)) for feat in (x.double(), y.double()))
-    trace_of_root = torch.linalg.eigvals(c @ d).real.clamp(min=0).sqrt().sum()
-    return ((m - n).square().sum() + c.trace() + d.trace() - 2 * trace_of_root).item()
-
-def dream_along(agent: Agent, rows: Named, h: Tensor, z: Tensor, start: Tensor, K: int) -> Tensors:
-    """From h, z [L,...] at rows start [N], dream under the actions that were taken -> features
-    [K+1,N,F], the rows they stand for [K+1,N], whether the episode lasted until there [K+1,N]."""
-    row = start + torch.arange(K + 1, device=start.device).unsqueeze(1)
-    lasted, row, episode = row < len(h), row.clamp(max=len(h) - 1), rows["is_first"].cumsum(0)
+def dream_metrics(agent: Agent, held_out: list[dict]) -> dict:
+    """Eq. 5.1 to 5.4 on the rows of held-out episodes, in dreams from every second of them."""
+    model, H = agent.world_model, agent.config.horizon
+    rows = stack_rows(held_out, agent.config.device)  # [L,...]
+    obs, embed = rows["obs"] / 255, model.encoder(rows["obs"])  # [L,64,64,3], [L,E]
+    feat, *_ = model.rssm.observe(embed[None], rows["prev_action"][None], rows["is_first"][None])
+    start = (~rows["terminated"]).nonzero()[::2].flatten()  # [N]
+    row, lasted, known = follow(rows, start, max(H, 50))  # [K+1,N]
     actions = rows["prev_action"][row[1:]]  # [K,N,A]
-    feat, _ = imagine(agent.world_model, agent.actor, h[start], z[start], K, actions)
-    return feat, row, lasted & (episode[row] == episode[start])
+    dream, _ = imagine(model, agent.actor, feat[0, start], len(actions), actions)  # [K+1,N,F]
 
-def value_and_return(agent: Agent, rows: Named, feat: Tensor) -> Tensors:
-    """Eq. 5.7: critic's values and the returns that came [.], of rows [P,...] that the policy made.
-    Where a time limit ended an episode, the value of its last state stands for what is not seen."""
-    first, value = rows["is_first"][: len(feat)], agent.critic(feat)
-    # An episode's first row gets the last value of the one before as its reward: a bootstrap
-    reward = torch.where(first, value.roll(1), rows["reward"][: len(feat)])
-    cont = (~first & ~rows["terminated"][: len(feat)]).float()
-    came = lambda_return(reward, value, cont, agent.config.gamma, lam=1.0)
-    return value[:-1][~first[1:]], came[~first[1:]]
-
-@torch.no_grad()
-def dream_metrics(agent: Agent, rows: dict, policy_rows: int, folder: Path | None = None) -> dict:
-    """Eq. 5.1 to 5.7 on held-out rows [L,...]; the first `policy_rows` are the policy's alone."""
-    model, H, gamma, metrics = agent.world_model, agent.config.horizon, agent.config.gamma, {}
-    rows = {name: torch.as_tensor(x).to(agent.config.device) for name, x in rows.items()}
-    obs, ends, first = rows["obs"], rows["terminated"], rows["is_first"]  # [L,...]
-    h, z, *_ = model.rssm.observe(model.encoder(obs)[None], rows["prev_action"][None], first[None])
-    h, z, episode = h[0], z[0], first.cumsum(0)  # [L,D], [L,S*K], [L]
-    start = policy_rows + (~ends[policy_rows:]).nonzero()[::2, 0]  # [N]: every second row
-    dream, row, lasted = dream_along(agent, rows, h, z, start, max(H, 50))  # [K+1,N,F]
-    known = lasted | torch.isin(episode, episode[ends])[start]  # [K+1,N]: after a real end, too
-    reward, cont = model.predict(dream)  # [K+1,N]
+    reward, cont = model.predict(dream[: H + 1])  # [H+1,N]
     cont[0] = 1  # at the start the episode is alive
-    dreamed, real = cont.cumprod(0)[:-1] * reward[1:], (rows["reward"][row] * lasted)[1:]  # [K,N]
-    sure, discount = known[1 : H + 1], gamma ** torch.arange(H, device=h.device)
-    metrics["reward_rho"] = correlation(dreamed[:H][sure], real[:H][sure])  # Eq. 5.1
-    sums = [(discount @ x[:H])[sure[-1]] for x in (dreamed, real)]
-    metrics["return_rho"] = correlation(*sums)  # Eq. 5.2
-    mean = obs.float().mean(0) / 255
+    dreamed = cont[:-1].cumprod(0) * reward[1:]  # [H,N]
+    real = (lasted * rows["reward"][row])[1 : H + 1]  # [H,N]
+    metrics = reward_correlation(dreamed, real, known[1 : H + 1], agent.config.gamma)
     for k in (1, 5, 15, 50):
-        metrics[f"reward_error_{k}"] = (dreamed - real)[k - 1][known[k]].abs().mean()  # Eq. 5.3
-        guesses = {"": model.decoder(dream[k]), "_repeat": obs[start] / 255, "_mean": mean}
+        guesses = {"": model.decoder(dream[k]), "_repeat": obs[start], "_mean": obs.mean(0)}
         for name, guess in guesses.items():
-            error = (guess - obs[row[k]] / 255).square().sum((-3, -2, -1))  # [N]
-            metrics[f"pixel_error{name}_{k}"] = error[lasted[k]].mean()  # Eq. 5.4
-    imagined, _ = imagine(model, agent.actor, h[start], z[start], H)  # [H+1,N,F]
-    policy = agent.actor(imagined[:-1]).entropy()  # [H,N]
-    prior = model.rssm.prior(imagined[1:, :, : h.shape[1]])  # [H,N,S,K]
+            error = (guess - obs[row[k]]).square().sum((-3, -2, -1))  # [N]
+            metrics[f"pixel_error{name}_{k}"] = error[lasted[k]].mean()  # Eq. 5.3
+    return metrics | trajectory_entropy(agent, feat[0, start])
+
+def reward_correlation(dreamed: Tensor, real: Tensor, known: Tensor, gamma: float) -> dict:
+    """Eq. 5.1 and 5.2, of rewards [H,N] where they are known; nan where one does not vary."""
+    def rho(x, y):
+        varies = len(x) > 1 and x.min() < x.max() and y.min() < y.max()
+        return torch.corrcoef(torch.stack([x, y]).double())[0, 1] if varies else np.nan
+
+    whole = known[-1]  # [N]
+    discount = gamma ** torch.arange(len(real), device=real.device)  # [H]
+    return {"reward_rho": rho(dreamed[known], real[known]),
+            "return_rho": rho(discount @ dreamed[:, whole], discount @ real[:, whole])}
+
+def trajectory_entropy(agent: Agent, feat: Tensor) -> dict:
+    """Eq. 5.4, in nats, in the agent's own dreams from states (h, z) [N,F]."""
+    rssm = agent.world_model.rssm
+    feat, _ = imagine(agent.world_model, agent.actor, feat, agent.config.horizon)  # [H+1,N,F]
+    policy = agent.actor(feat[:-1]).entropy()  # [H,N]
+    prior = rssm.prior(feat[1:, :, : rssm.hidden])  # [H,N,S,K]
     latent = torch.special.entr(prior.exp()).sum((-2, -1))  # [H,N]
-    metrics |= {"policy_entropy": policy.mean(), "latent_entropy": latent.mean()}
-    metrics["trajectory_entropy"] = (policy + latent).sum(0).mean()  # Eq. 5.5
-    feat = torch.cat([h, z], -1)  # [L,F]
-    real, dreamed = feat[row[H][lasted[H]]], dream[H][lasted[H]]  # [M,F]
-    metrics["latent_fid"] = frechet_distance(real[::2], dreamed[1::2])  # Eq. 5.6
-    metrics["latent_fid_floor"] = frechet_distance(real[::2], real[1::2])
-    value, came = value_and_return(agent, rows, feat[:policy_rows])  # [.]
-    metrics |= {"value": value.mean(), "value_real": came.mean()}
-    metrics["value_error"] = (value - came).abs().mean()  # Eq. 5.7
-    if folder and len(real) > 1:
-        draw_dream(agent, rows, h, z, folder / "dream.gif")
-        draw_latents(agent, real, dreamed, folder / "latents.png")
-    return {name: float(x) for name, x in metrics.items()}
+    return {"policy_entropy": policy.mean(), "latent_entropy": latent.mean(),
+            "trajectory_entropy": (policy + latent).sum(0).mean()}
 
-# %% 5.3 Pictures
-def draw_dream(agent: Agent, rows: Named, h: Tensor, z: Tensor, path: Path) -> None:
-    """dream.gif: truth, dream and difference in four episodes; 5 frames are seen, 45 dreamed."""
-    first = rows["is_first"].nonzero()[:, 0]
-    first = first[:-1][first.diff() > 4]  # those that last
-    if len(first) == 0:
-        return
-    first = first[torch.linspace(0, len(first) - 1, 4).long()]
-    seen = first + torch.arange(4, device=first.device).unsqueeze(1)  # [4,4]
-    dream, row, lasted = dream_along(agent, rows, h, z, first + 4, 45)  # begins with the fifth
-    feat = torch.cat([torch.cat([h, z], -1)[seen], dream])  # [50,4,F]
-    lasted = torch.cat([seen >= 0, lasted]).view(50, 4, 1, 1, 1)
-    truth = rows["obs"][torch.cat([seen, row])] * lasted  # black after the end
-    dreamed = agent.world_model.decoder(feat) * 255
-    films = torch.cat([truth, dreamed, (255 + dreamed - truth) / 2 * lasted], 2)  # [50,4,192,64,3]
-    images = []
-    for t, film in enumerate(films.transpose(1, 2).flatten(2, 3).byte().cpu().numpy()):
-        title, color = (f"dream, step {t - 4}", "#e65a00") if t > 4 else (f"frame {t + 1}", "#555")
-        images.append(Image.new("RGB", (512, 400), color))
-        images[t].paste(Image.fromarray(film).resize((512, 384), Image.Resampling.NEAREST), (0, 16))
-        for y, text in ((2, title), (18, "truth"), (146, "dream"), (274, "difference")):
-            ImageDraw.Draw(images[t]).text((4, y), text, "white" if y == 2 else "red")
-    images[0].save(path, save_all=True, append_images=images[1:], duration=100, loop=0)
+# %% 5.3 The dream as an environment
+class DreamEnv(gym.Env):
+    """The learned world as a Gymnasium environment: after a real first frame prior, reward head and
+    continue head (by chance) make the steps, and the decoder the observation, uint8 [64, 64, 3]."""
+    metadata, render_mode = {"render_modes": ["rgb_array"], "render_fps": 30}, "rgb_array"
 
-def draw_latents(agent: Agent, real: Tensor, dreamed: Tensor, path: Path) -> None:
-    """latents.png: features [M,F] after H steps, on the two principal components of the real."""
-    components = torch.linalg.svd(real - real.mean(0), full_matrices=False).Vh[:2].T  # [F,2]
-    low, high = agent.critic(real).aminmax()
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
-    panels = figure.subplots(1, 2, sharex=True, sharey=True)
-    for axes, name, feat in zip(panels, ("real", "dreamed"), (real, dreamed), strict=True):
-        x, y = ((feat - real.mean(0)) @ components).T.cpu()
-        dots = axes.scatter(x, y, 6, agent.critic(feat).cpu(), vmin=low.item(), vmax=high.item())
-        axes.set(title=f"{name} states, {agent.config.horizon} steps on",
-                 xlabel="first principal component", ylabel="second principal component")
-    figure.colorbar(dots, ax=panels, label="predicted value")
-    figure.savefig(path, dpi=100)
-
-# %% 5.4 The dream as an environment
-class DreamEnv(PixelEnv):
-    """The learned world as a Gymnasium environment: a real first frame, and then only dreams. The
-    prior, the reward head and the continue head (by chance) make a step; the decoder `render`, the
-    observation, too: uint8 [64, 64, 3]. There is no time limit."""
     def __init__(self, agent: Agent):
-        self.agent = agent  # first: PixelEnv resets
-        super().__init__(agent.config.env, action_repeat=agent.config.action_repeat)
+        self.agent = agent
+        self.real = PixelEnv(agent.config.env, agent.config.action_repeat)
+        self.action_space = self.real.action_space
+        self.observation_space = self.real.observation_space
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
-        obs, info = super().reset(seed=seed, options=options)
-        return self.move(lambda: self.agent.act(obs)[1]), info
-
-    def step(self, action):
-        action = torch.as_tensor(gym.spaces.flatten(self.action_space, action)).to(self.h)[None]
-        obs = self.move(lambda: self.agent.world_model.rssm.img_step(self.h, self.z, action))
-        reward, cont = self.agent.world_model.predict(self.feat)
-        return obs, reward.item(), self.np_random.random() > cont.item(), False, {}
-
-    def move(self, step: Callable) -> np.ndarray:
-        """To the h and z that `step` returns, by random numbers of the environment's own; frame."""
-        with fork_rng(self.agent.config.device), torch.no_grad():
+        super().reset(seed=seed)
+        first, info = self.real.reset(seed=seed, options=options)
+        with torch.random.fork_rng():  # what the dream draws follows from its seed alone
             torch.manual_seed(int(self.np_random.integers(2**31)))
-            self.h, self.z, *_ = step()
-        self.feat = torch.cat([self.h, self.z], -1)  # [1,F]
-        return self.render()
+            _, (self.feat, _) = self.agent.act(first)
+        return self.render(), info
+
+    @torch.no_grad()
+    def step(self, action):
+        action = torch.as_tensor(flatten(self.action_space, action)).to(self.feat)[None]
+        with torch.random.fork_rng():
+            torch.manual_seed(int(self.np_random.integers(2**31)))
+            self.feat = self.agent.world_model.rssm.img_step(self.feat, action)
+        reward, cont = self.agent.world_model.predict(self.feat)
+        terminated = self.np_random.random() > cont.item()
+        return self.render(), reward.item(), terminated, False, {}
 
     @torch.no_grad()
     def render(self) -> np.ndarray:
-        return (self.agent.world_model.decoder(self.feat)[0] * 255).byte().cpu().numpy()
-
-class SideBySide(DreamEnv):
-    """Left the real environment, right the dream; `step(None)` leaves both to the agent."""
-    def step(self, action):
-        if action is None:
-            mode = self.agent.actor(self.feat).mode[0].detach().cpu().numpy()
-            action = gym.spaces.unflatten(self.action_space, mode)
-        *_, terminated, truncated, _ = PixelEnv.step(self, action)
-        obs, reward, ended, _, info = super().step(action)
-        return obs, reward, terminated or ended, truncated, info
-
-    def render(self) -> np.ndarray:
-        return np.hstack([self.observation(), super().render()])
-
-def play_dream(agent: Agent) -> None:
-    """A window in which the arrow keys act, in dream and environment; without a key, the agent."""
-    if HEADLESS:
-        raise DreamerError("--play needs a screen, and there is none here")
-    from gymnasium.utils.play import play  # it takes hold of a screen when it is imported
-
-    keys = pygame.K_LEFT, pygame.K_RIGHT, pygame.K_DOWN, pygame.K_UP
-    moves = np.eye(agent.action_size)
-    if isinstance(agent.action_space, gym.spaces.Box):
-        moves = np.kron(moves, [[-1], [1]])  # two keys for each axis
-    actions = {(key,): gym.spaces.unflatten(agent.action_space, move)
-               for key, move in zip(keys, moves, strict=False)}
-    play(SideBySide(agent), zoom=6, keys_to_action=actions, noop=None)
-    pygame.quit()
+        return (255 * self.agent.world_model.decoder(self.feat)[0]).byte().cpu().numpy()
 
 # %% Command line
-def make_parser() -> argparse.ArgumentParser:
-    """An option for each field of `Config`; help and groups are the comments in its source."""
-    parser = argparse.ArgumentParser(
-        "dreamer.py", "python dreamer.py [--OPTION VALUE ...]", allow_abbrev=False,
-        description="Train Dreamer from pixels; or look at, or go on with, what was trained.")
-    parser.error = lambda message: parser.exit(2, f"dreamer.py: error: {message}\n")
-    group = parser.add_argument_group("a run's folder, in place of training a new one")
-    one = group.add_mutually_exclusive_group()
-    for name, text in (("resume", "go on where it was stopped, to --steps"),
-                       ("eval", "measure its agent on unseen episodes"),
-                       ("play", "step into its dream, with the arrow keys")):
-        one.add_argument(f"--{name}", metavar="RUN", type=Path, help=text)
-    group.add_argument("--episodes", metavar="INT", type=int, default=20, help="of --eval (20)")
-    group.add_argument("--json", action="store_true", help="--eval prints one JSON object")
-    for line in inspect.getsource(Config).splitlines():
-        if heading := re.fullmatch("    # (.+)", line):
-            group = parser.add_argument_group(heading[1])
-        elif field := re.fullmatch(r"    (\w+): (\w+) = .*  # (.+)", line):
-            name, kind, text = field.groups()
-            default = getattr(Config, name)
-            group.add_argument(
-                f"--{name.replace('_', '-')}", type=type(default), metavar=kind.upper(),
-                default=argparse.SUPPRESS, help=f"{text} ({default})")  # holds what was given
-    return parser
+def measure(eval: Path, episodes: int = 20, seed: int = 0, device: str = "auto") -> None:
+    """Print, as JSON, how the agent of the run in the folder EVAL does on unseen episodes."""
+    print(json.dumps(evaluate(load_agent(eval, device), episodes, seed), indent=2))
+
+def go_on(resume: Path, steps: int = 0, device: str = "auto") -> Path:
+    """Go on with the run in the folder RESUME, to so many steps; 0: as many as it was to make."""
+    saved = read_checkpoint(resume)["config"]
+    return train(Config(**saved | {"steps": steps or saved["steps"], "device": device}), resume)
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns 0, 2 after one line of what to put right, 130 after Ctrl-C."""
-    given = vars(make_parser().parse_args(argv))
-    resume, path, run, episodes, as_json = map(
-        given.pop, ("resume", "eval", "play", "episodes", "json"))
+    """The command line; returns 0, 2 after an error, 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    about = "Train Dreamer from pixels. Other uses: --resume RUN, --eval RUN (see their --help)."
+    options = {word.partition("=")[0] for word in argv}
     try:
-        if run:
-            play_dream(load_agent(run, given.get("device", "auto")))
-        elif path:
-            agent = load_agent(path, given.get("device", "auto"))
-            metrics = evaluate(agent, episodes, Config(**given).seed)
-            lines = [f"{name:28} {value:.4g}" for name, value in metrics.items()]
-            print(json.dumps(metrics) if as_json else "\n".join(lines))
+        if "--eval" in options:
+            tyro.cli(measure, args=argv)
+        elif "--resume" in options:
+            tyro.cli(go_on, args=argv)
         else:
-            saved = read_checkpoint(resume)["config"] if resume else {}
-            folder = train(Config(**saved | given), resume)
-            print(f'Results are in {folder}. Next: python dreamer.py --eval "{folder}"')
+            train(tyro.cli(Config, args=argv, description=about))
         return 0
-    except (DreamerError, OSError) as error:
+    except (DreamerError, OSError, MemoryError) as error:
         print("dreamer.py: error:", " ".join(str(error).split()), file=sys.stderr)  # one line
         return 2
     except KeyboardInterrupt:
-        print("\ndreamer.py: stopped at once", file=sys.stderr)
+        print("\ndreamer.py: stopped; the first line says how to go on", file=sys.stderr)
         return 130
 
-# %% Run
 if __name__ == "__main__":
-    if "ipykernel" not in sys.modules:
-        sys.exit(main())
-    from IPython import display  # opened as a notebook: train, show the curves
-
-    display.display(display.Image(train(Config()) / "curves.png"))
+    sys.exit(main())
