@@ -55,7 +55,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, OneHotCategorical
 from tqdm import tqdm
 
-# SDL draws many environments: without a screen, and `kill` is to end it like any program
+# SDL, which draws many environments, is to need no screen, and to leave `kill` alone
 os.environ |= {"SDL_VIDEODRIVER": "dummy", "SDL_NO_SIGNAL_HANDLERS": "1"}
 
 class DreamerError(Exception):
@@ -95,7 +95,6 @@ class Config:
     scale_dyn: float = 1.0  # weight of the KL that pulls the prior to the posterior
     scale_rep: float = 0.1  # weight of the KL that pulls the posterior to the prior
     lr: float = 1e-3  # learning rate of world model, actor and critic
-    lr_decay: float = 0.3  # share of the steps, the last ones, over which lr falls to 0
     max_grad_norm: float = 10.0  # norm that the gradient of each part is clipped to
     horizon: int = 15  # H, imagined steps
     gamma: float = 0.99  # discount of a step
@@ -111,14 +110,15 @@ class Config:
 
     def __post_init__(self):
         for name, value in asdict(self).items():
-            least = 1 if isinstance(value, int) and name not in ("seed", "pretrain") else 0
+            whole = isinstance(getattr(Config, name), int)
+            least = 1 if whole and name not in ("seed", "pretrain") else 0
             if not isinstance(value, str) and not least <= value <= 1e9:  # catches nan, too
                 raise DreamerError(f"{name} must be at least {least}, and finite; it is {value}")
-        if not self.batch_length <= min(self.prefill, self.capacity) < self.steps:
-            raise DreamerError(f"batch_length ({self.batch_length}) may not exceed prefill and "
-                               f"capacity, nor prefill ({self.prefill}) reach steps ({self.steps})")
-        if self.device == "auto":
-            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if self.batch_length > min(self.prefill, self.capacity):
+            raise DreamerError("batch_length must not exceed prefill and capacity")
+        if self.steps <= self.prefill:
+            raise DreamerError(f"steps ({self.steps}) must exceed prefill ({self.prefill})")
+        self.device = self.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
 
 # %% 1.2 Small tools
 def sg(x: Tensor) -> Tensor:
@@ -147,8 +147,7 @@ def twohot_decode(logits: Tensor, bins: Tensor) -> Tensor:
     return (terms + terms.flip(-1)).sum(-1) / 2  # in pairs: the huge outer bins cancel
 
 def init_weights(module: nn.Module) -> None:
-    """For `network.apply`: truncated normal weights of variance 1 / fan-in, zero biases. With
-    the third of this variance that PyTorch starts from, the pole's angle enters z much later."""
+    """For `network.apply`: weights of variance 1 / fan-in, three times PyTorch's, and no biases."""
     if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
         fan_in = module.weight.numel() / len(module.bias)
         if isinstance(module, nn.ConvTranspose2d):
@@ -169,9 +168,8 @@ def mlp(inputs: int, units: int, layers: int, outputs: int, outscale: float = 1.
 
 # %% 1.3 Pixel wrapper
 class PixelEnv(gym.Wrapper):
-    """Any registered Gymnasium environment, seen through its pixels: uint8 [64, 64, 3]. Discrete
-    actions are its own, those of a Box in [-1, 1]. `row` is the newest row of the time diagram.
-    Other actions, and whatever the environment raises, give a DreamerError."""
+    """Any registered Gymnasium environment through its pixels, uint8 [64, 64, 3]; a Box of actions
+    becomes [-1, 1]; `row` is the newest row of the time diagram. Errors become a DreamerError."""
     spec = None  # gym.make would not give the same again
 
     def __init__(self, env_id: str, action_repeat: int = 1):
@@ -182,7 +180,8 @@ class PixelEnv(gym.Wrapper):
                 self.env = gym.wrappers.TimeLimit(self.env, 1_000)
             self.is_box = isinstance(self.action_space, Box) and self.action_space.is_bounded()
             if self.is_box:
-                self.env = gym.wrappers.RescaleAction(self.env, np.float32(-1), np.float32(1))
+                one = self.action_space.dtype.type(1)
+                self.env = gym.wrappers.RescaleAction(self.env, -one, one)
             elif not isinstance(self.action_space, Discrete):
                 raise ValueError("its actions are neither Discrete nor a bounded Box")
         self.observation_space = Box(0, 255, (64, 64, 3), np.uint8)
@@ -193,9 +192,9 @@ class PixelEnv(gym.Wrapper):
         self.action_space.seed(seed)  # random actions, too, follow from the seed
         with explain(self.episode):
             _, info = self.env.reset(seed=seed, options=options)
-            no_action = np.zeros(flatdim(self.action_space), np.float32)
-            self.row = dict(obs=self.frame(), prev_action=no_action, reward=np.float32(0),
-                            terminated=False, is_first=True, is_last=False)
+            self.row = dict(
+                obs=self.frame(), prev_action=np.zeros(flatdim(self.action_space), np.float32),
+                reward=np.float32(0), terminated=False, is_first=True, is_last=False)
             return self.row["obs"], info
 
     def step(self, action):
@@ -210,12 +209,12 @@ class PixelEnv(gym.Wrapper):
             if not np.isfinite(total):
                 raise ValueError(f"the reward is {total}")
             prev_action = np.float32(flatten(self.action_space, action))  # one-hot if Discrete
-            self.row = dict(obs=self.frame(), prev_action=prev_action, reward=np.float32(total),
-                            terminated=terminated, is_first=False, is_last=terminated or truncated)
+            self.row = dict(
+                obs=self.frame(), prev_action=prev_action, reward=np.float32(total),
+                terminated=terminated, is_first=False, is_last=terminated or truncated)
             return self.row["obs"], total, terminated, truncated, info
 
     def frame(self) -> np.ndarray:
-        """What the environment looks like now, averaged over areas: uint8 [64, 64, 3]."""
         frame = Image.fromarray(self.env.render()).convert("RGB")
         return np.array(frame.resize((64, 64), Image.Resampling.BOX))
 
@@ -232,8 +231,7 @@ class Encoder(nn.Sequential):
         super().__init__(
             nn.Conv2d(3, a, 8, stride=4, padding=2), ChannelNorm(a), nn.SiLU(),  # 64 -> 16
             nn.Conv2d(a, b, 4, stride=2, padding=1), ChannelNorm(b), nn.SiLU(),  # 16 -> 8
-            nn.Conv2d(b, c, 4, stride=2, padding=1), ChannelNorm(c), nn.SiLU(),  # 8 -> 4
-            nn.Flatten())
+            nn.Conv2d(b, c, 4, stride=2, padding=1), ChannelNorm(c), nn.SiLU(), nn.Flatten())  # 4
 
     def forward(self, obs: Tensor) -> Tensor:
         x = obs.reshape(-1, 64, 64, 3).permute(0, 3, 1, 2) / 255 - 0.5
@@ -273,7 +271,6 @@ class RSSM(nn.Module):
         self.post_net = mlp(D + embed_size, units, 1, Z)
 
     def initial(self, batch: int) -> Tensor:
-        """The state before an episode: zeros [batch, F]."""
         return self.gates[0].weight.new_zeros(batch, self.feat_size)
 
     def recur(self, feat: Tensor, prev_action: Tensor) -> Tensor:
@@ -298,8 +295,7 @@ class RSSM(nn.Module):
     def sample(self, log_probs: Tensor) -> Tensor:
         """z [.,S*K], one-hot in each group; its gradient goes straight through to [.,S,K]."""
         probs = log_probs.exp()
-        # The class in whose share of [0, 1] a random number falls: six times as fast as
-        # torch.distributions. Rounded shares may add up to less than 1, hence the clamp.
+        # The class in whose share of [0, 1] a random number falls; the clamp is for rounding
         drawn = (sg(probs).cumsum(-1) < torch.rand_like(probs[..., :1])).sum(-1)
         one_hot = F.one_hot(drawn.clamp(max=self.classes - 1), self.classes)
         return (one_hot + (probs - sg(probs))).flatten(-2)  # the bracket is 0
@@ -345,8 +341,7 @@ class TwoHotHead(nn.Module):
 
 # %% 1.7 Actor and critic
 class Actor(nn.Module):
-    """Features [..., F] -> distribution over actions [..., A]. Discrete: one-hot categorical;
-    Box: normal, mean in (-1, 1), deviation in (0.1, 1)."""
+    """Features [..., F] -> distribution of actions [..., A]: one-hot categorical, or normal."""
     def __init__(self, feat_size: int, action_space: gym.Space, units: int):
         super().__init__()
         self.discrete = isinstance(action_space, Discrete)
@@ -366,8 +361,7 @@ class Critic(TwoHotHead):
 # %% 1.8 Replay buffer
 def stack_rows(rows: list[dict], device: str) -> dict[str, Tensor]:
     """L rows of the time diagram as columns [L, ...]; frames stay uint8."""
-    names = rows[0] if rows else []
-    columns = {name: np.stack([row[name] for row in rows]) for name in names}
+    columns = {name: np.stack([row[name] for row in rows]) for name in (rows[0] if rows else ())}
     return {name: torch.from_numpy(column).to(device) for name, column in columns.items()}
 
 class ReplayBuffer:
@@ -376,7 +370,6 @@ class ReplayBuffer:
         self.capacity, self.rows = capacity, []
 
     def add(self, row: dict) -> None:
-        """Remember a row of the time diagram; a full buffer forgets its oldest."""
         self.rows.append(row)
         del self.rows[: -self.capacity]
 
@@ -506,7 +499,6 @@ def update_behavior(agent: Agent, feat: Tensor) -> dict[str, Tensor]:
     returns = lambda_return(reward, value, cont, config.gamma, config.lam)  # [H,N] Eq. 3.2
     weight = torch.cat([cont[:1], config.gamma * cont[1:-1]]).cumprod(0)  # [H,N] Eq. 3.3
     scale = return_scale(agent.return_range, returns, config.return_rate)  # [] Eq. 3.4
-
     feat, logits, baseline = feat[:-1], logits[:-1], value[:-1]  # state H has no action
     policy = actor(sg(feat))
     entropy = policy.entropy()  # [H,N]
@@ -517,7 +509,6 @@ def update_behavior(agent: Agent, feat: Tensor) -> dict[str, Tensor]:
     surprise = critic.loss(logits, sg(returns)) + critic.loss(logits, sg(slow_value))  # [H,N]
     critic_loss = (sg(weight) * surprise).mean()  # [] Eq. 3.6
     assert gain.shape == surprise.shape == weight.shape
-
     gradient_step(agent, "actor", actor_loss)
     gradient_step(agent, "critic", critic_loss)
     with torch.no_grad():
@@ -552,11 +543,10 @@ class Agent(nn.Module):
     @torch.no_grad()
     def act(self, obs: np.ndarray, state: tuple | None = None, explore: bool = False) -> tuple:
         """Frame uint8 [64,64,3], state from the last call (None: first frame) -> the most likely
-        action (a sample if `explore`) for `PixelEnv.step`, state ((h, z) [1,F], action [1,A]). The
-        recursion is the one that trains: a frame goes in with the action that led to it."""
+        action for `PixelEnv.step`, or a sample; state ((h, z) [1,F], action [1,A]), as in 1.5."""
         rssm, obs = self.world_model.rssm, torch.as_tensor(obs, device=self.config.device)
         if state is None:
-            state = rssm.initial(1), obs.new_zeros(1, flatdim(self.action_space))
+            state = rssm.initial(1), torch.zeros(1, flatdim(self.action_space), device=obs.device)
         feat, _ = rssm.obs_step(*state, self.world_model.encoder(obs[None]))  # [1,F]
         policy = self.actor(feat)
         action = policy.sample() if explore else policy.mode  # [1,A]
@@ -582,69 +572,64 @@ def play(agent: Agent, env: PixelEnv, seed: int, chance: float = 0.0) -> list[di
 # %% 4.3 The training loop
 def updates_due(config: Config, step: int) -> int:
     """World model updates that should have been made after so many environment steps."""
-    learning = min(step, config.steps) - config.prefill  # steps since the prefill
-    per_step = config.train_ratio / (config.batch_size * config.batch_length)
-    return config.pretrain + int(per_step * learning) if learning >= 0 else 0
-
-def set_learning_rate(agent: Agent, step: int) -> None:
-    """It falls to zero at the end: the final policy is not the draw of a noisy last step."""
-    left = max(0.0, 1 - step / agent.config.steps) / max(agent.config.lr_decay, 1e-9)
-    for optimizer in agent.optimizers.values():
-        optimizer.param_groups[0]["lr"] = agent.config.lr * min(1.0, left)
+    past_prefill = min(step, config.steps) - config.prefill
+    updates = config.train_ratio / (config.batch_size * config.batch_length) * past_prefill
+    return config.pretrain + int(updates) if past_prefill >= 0 else 0
 
 def train(config: Config, resume: str | Path | None = None, agent: Agent | None = None) -> Path:
     """Train a new agent, or the given one, or go on with the run in the folder `resume`; returns
     the run's folder. The same config gives the same metrics (times aside) on the same CPU, however
     often the run was killed. DreamerError if the run exists already, or cannot go on."""
-    folder = run_folder(config) if resume is None else Path(resume)
+    name = re.sub("[^A-Za-z0-9._-]", "-", f"{config.env}-{config.seed}")  # fit for any system
+    folder = Path(config.runs) / name if resume is None else Path(resume)
+    if resume is None and (folder / "checkpoint.pt.gz").exists():
+        raise DreamerError(f"{folder} exists: --resume it, or choose another --seed or --runs")
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     env = PixelEnv(config.env, config.action_repeat)
     agent = agent or Agent(env.action_space, config)
     replay, log = ReplayBuffer(config.capacity), Log(folder)
-    step = episode = updates = 0
-    if resume is not None:
-        step, episode, updates = load_checkpoint(agent, replay, log)
+    step, episode, updates = (0, 0, 0) if resume is None else load_checkpoint(agent, replay, log)
     next_save = save_checkpoint(agent, replay, log, step, episode, updates)
     print(f'Results: {folder}. If it is stopped: python dreamer.py --resume "{folder}"')
     total = 2 * updates_due(config, config.steps) - config.pretrain  # of world model and behavior
     bar = tqdm(total=total, initial=max(updates, 2 * updates - config.pretrain), unit="update")
-
-    while step < config.steps:
-        env.reset(seed=episode_seed(config.seed, episode))
-        replay.add(env.row)
-        at_random, state, score, begin = step < config.prefill, None, 0.0, step
-        while not env.row["is_last"]:
-            if at_random:
-                action = env.action_space.sample()
-            else:
-                action, state = agent.act(env.row["obs"], state, explore=True)
-            env.step(action)
+    with bar:
+        while step < config.steps:
+            env.reset(seed=episode_seed(config.seed, episode))
             replay.add(env.row)
-            step, score = step + 1, score + env.row["reward"]
-            while updates < updates_due(config, step):
-                set_learning_rate(agent, step)
-                batch = replay.sample(config.batch_size, config.batch_length, config.device)
-                feat, metrics = update_world_model(agent, batch)
-                if updates >= config.pretrain:
-                    metrics |= update_behavior(agent, feat)
+            at_random, state, score, begin = step < config.prefill, None, 0.0, step
+            while not env.row["is_last"]:
+                if at_random:
+                    action = env.action_space.sample()
+                else:
+                    action, state = agent.act(env.row["obs"], state, explore=True)
+                env.step(action)
+                replay.add(env.row)
+                step, score = step + 1, score + env.row["reward"]
+                while updates < updates_due(config, step):
+                    lr = config.lr * min(1, 3 - 3 * step / config.steps)  # to 0 in the last third
+                    for optimizer in agent.optimizers.values():
+                        optimizer.param_groups[0]["lr"] = lr
+                    batch = replay.sample(config.batch_size, config.batch_length, config.device)
+                    feat, metrics = update_world_model(agent, batch)
+                    if updates >= config.pretrain:
+                        metrics |= update_behavior(agent, feat)
+                        bar.update()
                     bar.update()
-                bar.update()
-                updates += 1
-                log.add(metrics)
-
-        # Between episodes the environment has nothing to remember: from here a run can go on
-        episode += 1
-        log.add({"env/return": score, "env/length": step - begin})
-        bar.set_postfix(step=step, episode_return=score)
-        finished = step >= config.steps
-        if finished or step // config.eval_every > begin // config.eval_every:
-            log.add(evaluate(agent, config.eval_episodes, config.seed))
-        if finished or step // config.log_every > begin // config.log_every:
-            log.write(step, episode, updates)
-            if finished or time.monotonic() > next_save:
-                next_save = save_checkpoint(agent, replay, log, step, episode, updates)
-    bar.close()
+                    updates += 1
+                    log.add(metrics)
+            # Between episodes the environment has nothing to remember: here a run can go on
+            episode += 1
+            log.add({"env/return": score, "env/length": step - begin})
+            bar.set_postfix(step=step, episode_return=score)
+            finished = step >= config.steps
+            if finished or step // config.eval_every > begin // config.eval_every:
+                log.add(evaluate(agent, config.eval_episodes, config.seed))
+            if finished or step // config.log_every > begin // config.log_every:
+                log.write(step, episode, updates)
+                if finished or time.monotonic() > next_save:
+                    next_save = save_checkpoint(agent, replay, log, step, episode, updates)
     return folder
 
 # %% 4.4 Log, curves, checkpoint
@@ -654,8 +639,7 @@ class Log:
         self.folder, self.start, self.lines, self.values = folder, time.monotonic(), [], {}
 
     def add(self, metrics: dict) -> None:
-        """Numbers, or tensors, which are read only for a line: reading makes a GPU wait."""
-        for name, value in metrics.items():
+        for name, value in metrics.items():  # tensors are read for a line only: a GPU has to wait
             self.values.setdefault(name, []).append(value)
 
     def write(self, step: int, episodes: int, updates: int) -> None:
@@ -666,28 +650,16 @@ class Log:
                 "time/updates_per_second": updates / seconds}
         line |= {name: float(np.mean([*map(float, x)])) for name, x in self.values.items()}
         self.lines, self.values = [*self.lines, line], {}
-        text = "".join(json.dumps(line) + "\n" for line in self.lines)
+        text = "\n".join(map(json.dumps, self.lines)) + "\n"
         (self.folder / "metrics.jsonl").write_text(text)
-        draw_curves(self.lines, self.folder / "curves.png")
-
-def draw_curves(lines: list[dict], path: Path) -> None:
-    """curves.png: the metrics that the lesson asks for, over environment steps."""
-    keys = ["env/return", "eval/return", "wm/recon", "wm/kl",
-            "ac/entropy", "eval/trajectory_entropy", "eval/reward_rho", "eval/return_rho"]
-    figure = Figure(figsize=(15, 6.5), layout="constrained")
-    for axes, key in zip(figure.subplots(2, 4).flat, keys, strict=True):
-        points = [(line["env/step"], line[key]) for line in lines if key in line]
-        axes.plot(*np.reshape(points, (-1, 2)).T, ".-")
-        axes.set(title=key, xlabel="environment steps")
-        axes.set_yscale("log" if key == "wm/recon" else "linear")
-    figure.savefig(path, dpi=100)
-
-def run_folder(config: Config) -> Path:
-    """RUNS/ENV-SEED, in characters that every file system takes; DreamerError if it is taken."""
-    folder = Path(config.runs) / re.sub("[^A-Za-z0-9._-]", "-", f"{config.env}-{config.seed}")
-    if (folder / "checkpoint.pt.gz").exists():
-        raise DreamerError(f"{folder} exists: --resume it, or choose another --seed or --runs")
-    return folder
+        keys = ["env/return", "eval/return", "wm/recon", "wm/kl",
+                "ac/entropy", "eval/trajectory_entropy", "eval/reward_rho", "eval/return_rho"]
+        figure = Figure(figsize=(15, 6.5), layout="constrained")
+        for axes, key in zip(figure.subplots(2, 4).flat, keys, strict=True):
+            points = [(line["env/step"], line[key]) for line in self.lines if key in line]
+            axes.plot(*np.reshape(points, (-1, 2)).T, ".-")
+            axes.set(title=key, xlabel="steps", yscale="log" if key == "wm/recon" else "linear")
+        figure.savefig(self.folder / "curves.png", dpi=100)
 
 def save_checkpoint(agent: Agent, replay: ReplayBuffer, log: Log, *progress: int) -> float:
     """All that a run is, into checkpoint.pt.gz: written beside, and renamed when it is whole.
@@ -703,15 +675,12 @@ def save_checkpoint(agent: Agent, replay: ReplayBuffer, log: Log, *progress: int
     with gzip.open(folder / "new.pt.gz", "wb", compresslevel=1) as file:
         torch.save(state, file)  # gzip's checksum will tell whether it is whole
     (folder / "new.pt.gz").replace(folder / "checkpoint.pt.gz")
-    now = time.monotonic()
-    return now + max(agent.config.save_every, 20 * (now - start))
+    return time.monotonic() + max(agent.config.save_every, 20 * (time.monotonic() - start))
 
 def read_checkpoint(path: str | Path) -> dict:
-    """The checkpoint in a run's folder, or in a file, of which no code is run. DreamerError if
-    there is none, if it is damaged, or if another version wrote it."""
+    """The checkpoint in a run's folder, or in a file; DreamerError if it is not whole and ours."""
     with explain(f"{path} holds no checkpoint that can be used"):
-        file = Path(path) / "checkpoint.pt.gz" if Path(path).is_dir() else path
-        with gzip.open(file) as packed:
+        with gzip.open(Path(path) / "checkpoint.pt.gz" if Path(path).is_dir() else path) as packed:
             state = torch.load(packed, map_location="cpu", weights_only=True)
         Config(**state["config"])
         return state
@@ -743,15 +712,13 @@ def load_agent(path: str | Path, device: str = "auto") -> Agent:
 # dreamed; alive_k is 1 until the real episode has terminated, then 0.
 # - Eq. 5.1 `reward_rho = corr(hat c_1 ... hat c_{k-1} hat r_k, alive_{k-1} r_k)`, over all k <= H
 # - Eq. 5.2 `return_rho`: the same, of sums over k <= H discounted by `gamma^{k-1}`
-# - Eq. 5.3 `pixel_error_k`: Eq. 2.1 of the frame dreamed k steps on; beside it what the last frame
-#   that was seen (`repeat`) and the mean frame (`mean`) miss
+# - Eq. 5.3 `pixel_error_k`: Eq. 2.1 after k dreamed steps; of the last frame seen; of the mean one
 # - Eq. 5.4 `trajectory_entropy`: sum over H dreamed steps of the entropies of actor and prior
 
 # %% 5.1 Evaluation on unseen seeds
 def evaluate(agent: Agent, episodes: int = 20, seed: int = 0) -> dict[str, float]:
-    """Returns (sums of rewards) of `episodes` unseen episodes, and the metrics of the dream on
-    `held_out` rows of further ones, as `eval/...`; what is not defined is left out. The same seed
-    gives the same numbers, and the random state stays as it was."""
+    """Returns (sums of rewards) of `episodes` unseen episodes, and Eq. 5.1 to 5.4 on `held_out`
+    rows of further ones: `eval/...`, if defined. Leaves the random state as it was."""
     if episodes < 1:
         raise DreamerError(f"episodes must be at least 1, not {episodes}")
     env = PixelEnv(agent.config.env, agent.config.action_repeat)
@@ -770,25 +737,20 @@ def evaluate(agent: Agent, episodes: int = 20, seed: int = 0) -> dict[str, float
     return {f"eval/{name}": float(x) for name, x in metrics.items() if np.isfinite(float(x))}
 
 # %% 5.2 Dreamed against real
-def follow(rows: dict[str, Tensor], start: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows [steps+1,N] that come after the rows `start` [N], at most the episode's last;
-    whether it lasted so long, and whether all is known: after a termination nothing comes."""
-    ends = rows["is_last"].nonzero().flatten()
-    end = ends[torch.searchsorted(ends, start)]  # [N]
-    row = start + torch.arange(steps + 1, device=start.device).unsqueeze(1)
-    return torch.minimum(row, end), row <= end, (row <= end) | rows["terminated"][end]
-
 def dream_metrics(agent: Agent, held_out: list[dict]) -> dict:
     """Eq. 5.1 to 5.4 on the rows of held-out episodes, in dreams from every second of them."""
     model, H = agent.world_model, agent.config.horizon
     rows = stack_rows(held_out, agent.config.device)  # [L,...]
     obs, embed = rows["obs"] / 255, model.encoder(rows["obs"])  # [L,64,64,3], [L,E]
     feat, *_ = model.rssm.observe(embed[None], rows["prev_action"][None], rows["is_first"][None])
-    start = (~rows["terminated"]).nonzero()[::2].flatten()  # [N]
-    row, lasted, known = follow(rows, start, max(H, 50))  # [K+1,N]
+    start = (~rows["terminated"]).nonzero().flatten()[::2].contiguous()  # [N]
+    ends = rows["is_last"].nonzero().flatten()
+    end = ends[torch.searchsorted(ends, start)]  # [N]: the last row of the episode
+    row = start + torch.arange(max(H, 50) + 1, device=start.device).unsqueeze(1)  # [K+1,N]
+    lasted, row = row <= end, torch.minimum(row, end)  # [K+1,N]
+    known = lasted | rows["terminated"][end]  # [K+1,N]: after a termination nothing comes
     actions = rows["prev_action"][row[1:]]  # [K,N,A]
     dream, _ = imagine(model, agent.actor, feat[0, start], len(actions), actions)  # [K+1,N,F]
-
     reward, cont = model.predict(dream[: H + 1])  # [H+1,N]
     cont[0] = 1  # at the start the episode is alive
     dreamed = cont[:-1].cumprod(0) * reward[1:]  # [H,N]
@@ -806,7 +768,6 @@ def reward_correlation(dreamed: Tensor, real: Tensor, known: Tensor, gamma: floa
     def rho(x, y):
         varies = len(x) > 1 and x.min() < x.max() and y.min() < y.max()
         return torch.corrcoef(torch.stack([x, y]).double())[0, 1] if varies else np.nan
-
     whole = known[-1]  # [N]
     discount = gamma ** torch.arange(len(real), device=real.device)  # [H]
     return {"reward_rho": rho(dreamed[known], real[known]),
@@ -869,7 +830,6 @@ def go_on(resume: Path, steps: int = 0, device: str = "auto") -> Path:
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns 0, 2 after an error, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
-    about = "Train Dreamer from pixels. Other uses: --resume RUN, --eval RUN (see their --help)."
     options = {word.partition("=")[0] for word in argv}
     try:
         if "--eval" in options:
@@ -877,7 +837,7 @@ def main(argv: list[str] | None = None) -> int:
         elif "--resume" in options:
             tyro.cli(go_on, args=argv)
         else:
-            train(tyro.cli(Config, args=argv, description=about))
+            train(tyro.cli(Config, args=argv, description="Other uses: --resume RUN, --eval RUN"))
         return 0
     except (DreamerError, OSError, MemoryError) as error:
         print("dreamer.py: error:", " ".join(str(error).split()), file=sys.stderr)  # one line
