@@ -528,6 +528,7 @@ class Agent(nn.Module):
     """All that learns: world model, actor, critic, its slow copy, and the range of returns."""
     def __init__(self, action_space: gym.Space, config: Config):
         super().__init__()
+        torch.set_num_threads(config.threads)
         self.config, self.action_space = config, action_space
         self.world_model = WorldModel(flatdim(action_space), config)
         self.actor = Actor(self.world_model.feat_size, action_space, config.units)
@@ -584,7 +585,6 @@ def train(config: Config, resume: str | Path | None = None, agent: Agent | None 
     folder = Path(config.runs) / name if resume is None else Path(resume)
     if resume is None and (folder / "checkpoint.pt.gz").exists():
         raise DreamerError(f"{folder} exists: --resume it, or choose another --seed or --runs")
-    torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     env = PixelEnv(config.env, config.action_repeat)
     agent = agent or Agent(env.action_space, config)
@@ -846,5 +846,5 @@ def main(argv: list[str] | None = None) -> int:
         print("\ndreamer.py: stopped; the first line says how to go on", file=sys.stderr)
         return 130
 
-if __name__ == "__main__":
+if __name__ == "__main__" and "ipykernel" not in sys.modules:  # a notebook calls train itself
     sys.exit(main())
