@@ -55,7 +55,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, OneHotCategorical
 from tqdm import tqdm
 
-# SDL, which draws many environments, is to need no screen, and to leave `kill` alone
+# SDL draws many environments: it shall need no screen, and leave the signals to Python
 os.environ |= {"SDL_VIDEODRIVER": "dummy", "SDL_NO_SIGNAL_HANDLERS": "1"}
 
 class DreamerError(Exception):
@@ -79,7 +79,7 @@ class Config:
     threads: int = 1  # of the CPU; more help only large networks on an idle machine
     runs: str = "runs"  # folder for results; a run writes to RUNS/ENV-SEED
     action_repeat: int = 1  # times that the environment repeats an action, rewards summed
-    prefill: int = 1_500  # steps with random actions before the first update
+    prefill: int = 1_500  # steps before the first update; episodes begun in them are random
     pretrain: int = 1_000  # updates of the world model alone, before behavior learning starts
     train_ratio: float = 64.0  # replayed steps for each environment step after the prefill
     batch_size: int = 8  # B, sequences in a batch
@@ -99,7 +99,7 @@ class Config:
     horizon: int = 15  # H, imagined steps
     gamma: float = 0.99  # discount of a step
     lam: float = 0.95  # lambda of the lambda-return
-    entropy: float = 3e-3  # weight of the actor's entropy
+    entropy: float = 3e-3  # eta, weight of the actor's entropy
     slow_rate: float = 0.02  # share of the critic that the slow critic takes over in an update
     return_rate: float = 0.01  # share of new returns in the running range of returns
     log_every: int = 500  # steps between lines of metrics.jsonl
@@ -110,10 +110,10 @@ class Config:
 
     def __post_init__(self):
         for name, value in asdict(self).items():
-            whole = isinstance(getattr(Config, name), int)
-            least = 1 if whole and name not in ("seed", "pretrain") else 0
-            if not isinstance(value, str) and not least <= value <= 1e9:  # catches nan, too
-                raise DreamerError(f"{name} must be at least {least}, and finite; it is {value}")
+            low = int(isinstance(getattr(Config, name), int) and name not in ("seed", "pretrain"))
+            high = 1 if name in ("unimix", "gamma", "lam", "slow_rate", "return_rate") else 1e9
+            if not isinstance(value, str) and not low <= value <= high:  # catches nan, too
+                raise DreamerError(f"{name} must lie between {low} and {high:.0f}, not {value}")
         if self.batch_length > min(self.prefill, self.capacity):
             raise DreamerError("batch_length must not exceed prefill and capacity")
         if self.steps <= self.prefill:
@@ -122,7 +122,7 @@ class Config:
 
 # %% 1.2 Small tools
 def sg(x: Tensor) -> Tensor:
-    """Stop-gradient: search for `sg(` to see where a loss is cut."""
+    """Stop-gradient, the marks in the losses; besides, `no_grad` cuts off the dream in 3.4."""
     return x.detach()
 
 def symlog(x: Tensor) -> Tensor:
@@ -157,7 +157,7 @@ def init_weights(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 def mlp(inputs: int, units: int, layers: int, outputs: int, outscale: float = 1.0) -> nn.Sequential:
-    """So many times linear, layer norm, SiLU; then linear, weights `outscale` of the usual."""
+    """`layers` times linear, layer norm, SiLU; then linear, its weights times `outscale`."""
     network = nn.Sequential()
     for _ in range(layers):
         network.extend([nn.Linear(inputs, units), nn.LayerNorm(units), nn.SiLU()])
@@ -189,7 +189,7 @@ class PixelEnv(gym.Wrapper):
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         self.episode, self.age = f"{self.env_id}, episode with seed {seed}", 0
-        self.action_space.seed(seed)  # random actions, too, follow from the seed
+        self.action_space.seed(None if seed is None else seed + 2**40)  # not the world's own chance
         with explain(self.episode):
             _, info = self.env.reset(seed=seed, options=options)
             self.row = dict(
@@ -295,7 +295,7 @@ class RSSM(nn.Module):
     def sample(self, log_probs: Tensor) -> Tensor:
         """z [.,S*K], one-hot in each group; its gradient goes straight through to [.,S,K]."""
         probs = log_probs.exp()
-        # The class in whose share of [0, 1] a random number falls; the clamp is for rounding
+        # Inverse CDF: count the classes whose cumulated share a random number exceeds
         drawn = (sg(probs).cumsum(-1) < torch.rand_like(probs[..., :1])).sum(-1)
         one_hot = F.one_hot(drawn.clamp(max=self.classes - 1), self.classes)
         return (one_hot + (probs - sg(probs))).flatten(-2)  # the bracket is 0
@@ -384,7 +384,7 @@ class ReplayBuffer:
 # %% [markdown]
 # # Section 2: World Model Update
 # Encode a batch of real sequences, run the RSSM over them, and predict from every state (h, z)
-# what row t holds. The loss is the mean over B and T of the weighted sum of (Eq. 2.6)
+# what row t holds. The loss (Eq. 2.6) is the mean over B and T of the weighted sum of
 # - Eq. 2.1 `recon = sum over pixels of (o_t - decoder(h_t, z_t))^2`
 # - Eq. 2.2 `reward = -ln p(r_t | h_t, z_t)`, a cross-entropy with the two-hot reward
 # - Eq. 2.3 `cont = -ln p(c_t | h_t, z_t)`, with `c_t = 1 - terminated_t`: a time limit is no end
@@ -450,8 +450,8 @@ def update_world_model(agent: Agent, batch: dict[str, Tensor]) -> tuple[Tensor, 
 # %% [markdown]
 # # Section 3: Behavior Learning
 # From every state of the batch the actor dreams H steps ahead, without an environment. The critic
-# learns what return v_t to expect; an action whose return beats it becomes more likely (REINFORCE:
-# no gradient flows through the dream). The slow critic, a trailing average, steadies the targets.
+# learns what return v_t to expect; an action whose return beats it becomes more likely (REINFORCE).
+# The slow critic, a trailing average of the critic, is a second target that keeps it from jumping.
 # - Eq. 3.1 `a_t ~ pi(. | h_t, z_t)`, `h_{t+1} = f(h_t, z_t, a_t)`, `z_{t+1} ~ p(. | h_{t+1})`
 # - Eq. 3.2 `R_t = r_{t+1} + gamma c_{t+1} ((1 - lam) v_{t+1} + lam R_{t+1})`, `R_H = v_H`
 # - Eq. 3.3 `w_t = c_0 (gamma c_1) ... (gamma c_t)`: the dream counts only while it is alive
@@ -462,8 +462,8 @@ def update_world_model(agent: Agent, batch: dict[str, Tensor]) -> tuple[Tensor, 
 # %% 3.1 Imagination
 def imagine(model: WorldModel, actor: Actor, feat: Tensor, horizon: int,
             given: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Eq. 3.1: from states (h, z) [N,F], these first, to states [H+1,N,F] and the actions [H,N,A]
-    between them: the actor's, or those that are `given`."""
+    """Eq. 3.1: states (h, z) [N,F] -> H + 1 states [H+1,N,F], these first, and the actions [H,N,A]
+    between them: the actor's, or those `given`. An end stops no dream, but its weight (Eq. 3.3)."""
     feats, actions = [feat], []
     for t in range(horizon):
         actions.append(actor(sg(feats[t])).sample() if given is None else given[t])  # [N,A]
@@ -503,12 +503,12 @@ def update_behavior(agent: Agent, feat: Tensor) -> dict[str, Tensor]:
     policy = actor(sg(feat))
     entropy = policy.entropy()  # [H,N]
     advantage = (returns - baseline) / scale  # [H,N]
-    gain = sg(advantage) * policy.log_prob(sg(action)) + config.entropy * entropy  # [H,N]
-    actor_loss = -(sg(weight) * gain).mean()  # [] Eq. 3.5
+    objective = sg(advantage) * policy.log_prob(sg(action)) + config.entropy * entropy  # [H,N]
+    actor_loss = -(sg(weight) * objective).mean()  # [] Eq. 3.5
     slow_value = agent.slow_critic(feat)  # [H,N]
-    surprise = critic.loss(logits, sg(returns)) + critic.loss(logits, sg(slow_value))  # [H,N]
-    critic_loss = (sg(weight) * surprise).mean()  # [] Eq. 3.6
-    assert gain.shape == surprise.shape == weight.shape
+    cross_entropy = critic.loss(logits, sg(returns)) + critic.loss(logits, sg(slow_value))  # [H,N]
+    critic_loss = (sg(weight) * cross_entropy).mean()  # [] Eq. 3.6
+    assert objective.shape == cross_entropy.shape == weight.shape
     gradient_step(agent, "actor", actor_loss)
     gradient_step(agent, "critic", critic_loss)
     with torch.no_grad():
@@ -520,10 +520,10 @@ def update_behavior(agent: Agent, feat: Tensor) -> dict[str, Tensor]:
 
 # %% [markdown]
 # # Section 4: Training Loop
-# After random actions, from which the world model learns alone for a while: act, update the world
-# model on real rows, update the behavior in a dream, and again.
+# First random actions, and updates of the world model alone. Then, in turn: act, update the world
+# model on real rows, update the behavior in a dream.
 
-# %% 4.1 Acting
+# %% 4.1 The agent, and acting
 class Agent(nn.Module):
     """All that learns: world model, actor, critic, its slow copy, and the range of returns."""
     def __init__(self, action_space: gym.Space, config: Config):
@@ -559,28 +559,28 @@ def episode_seed(seed: int, number: int, evaluation: bool = False) -> int:
     return 2 * (1_000_000 * seed + number) + evaluation
 
 def play(agent: Agent, env: PixelEnv, seed: int, chance: float = 0.0) -> list[dict]:
-    """The rows of an episode with the most likely actions, until by this chance random ones take
-    over: where a policy balances, frames hardly change, and a dream has nothing to foresee."""
+    """The rows of an episode with the most likely actions. At every step there is a `chance` that
+    random ones take over: where a policy balances, a dream would have nothing to foresee."""
     env.reset(seed=seed)
     rows, state, at_random = [env.row], None, False
     while not env.row["is_last"]:
         at_random = at_random or torch.rand(()) < chance
-        action, state = agent.act(env.row["obs"], state)
+        action, state = agent.act(env.row["obs"], state)  # once at random, both are ignored
         env.step(env.action_space.sample() if at_random else action)
         rows.append(env.row)
     return rows
 
 # %% 4.3 The training loop
 def updates_due(config: Config, step: int) -> int:
-    """World model updates that should have been made after so many environment steps."""
-    past_prefill = min(step, config.steps) - config.prefill
+    """Updates due: after the prefill `pretrain`, then train_ratio / (B T) for each further step."""
+    past_prefill = min(step, config.steps) - config.prefill  # playing out an episode adds none
     updates = config.train_ratio / (config.batch_size * config.batch_length) * past_prefill
     return config.pretrain + int(updates) if past_prefill >= 0 else 0
 
 def train(config: Config, resume: str | Path | None = None, agent: Agent | None = None) -> Path:
-    """Train a new agent, or the given one, or go on with the run in the folder `resume`; returns
-    the run's folder. The same config gives the same metrics (times aside) on the same CPU, however
-    often the run was killed. DreamerError if the run exists already, or cannot go on."""
+    """Train a new agent, or a given one of the same config, or go on with the run in the folder
+    `resume`; returns the run's folder. On a CPU the same config gives the same metrics (not times),
+    however often the run was killed. DreamerError if the run exists already, or cannot go on."""
     name = re.sub("[^A-Za-z0-9._-]", "-", f"{config.env}-{config.seed}")  # fit for any system
     folder = Path(config.runs) / name if resume is None else Path(resume)
     if resume is None and (folder / "checkpoint.pt.gz").exists():
@@ -592,9 +592,9 @@ def train(config: Config, resume: str | Path | None = None, agent: Agent | None 
     step, episode, updates = (0, 0, 0) if resume is None else load_checkpoint(agent, replay, log)
     next_save = save_checkpoint(agent, replay, log, step, episode, updates)
     print(f'Results: {folder}. If it is stopped: python dreamer.py --resume "{folder}"')
-    total = 2 * updates_due(config, config.steps) - config.pretrain  # of world model and behavior
-    bar = tqdm(total=total, initial=max(updates, 2 * updates - config.pretrain), unit="update")
-    with bar:
+    # An update of the world model counts as 1, one of the behavior, with acting, as 2
+    total = 3 * updates_due(config, config.steps) - 2 * config.pretrain
+    with tqdm(total=total, initial=max(updates, 3 * updates - 2 * config.pretrain)) as bar:
         while step < config.steps:
             env.reset(seed=episode_seed(config.seed, episode))
             replay.add(env.row)
@@ -615,7 +615,7 @@ def train(config: Config, resume: str | Path | None = None, agent: Agent | None 
                     feat, metrics = update_world_model(agent, batch)
                     if updates >= config.pretrain:
                         metrics |= update_behavior(agent, feat)
-                        bar.update()
+                        bar.update(2)
                     bar.update()
                     updates += 1
                     log.add(metrics)
@@ -639,7 +639,7 @@ class Log:
         self.folder, self.start, self.lines, self.values = folder, time.monotonic(), [], {}
 
     def add(self, metrics: dict) -> None:
-        for name, value in metrics.items():  # tensors are read for a line only: a GPU has to wait
+        for name, value in metrics.items():  # tensors are read only when a line is written
             self.values.setdefault(name, []).append(value)
 
     def write(self, step: int, episodes: int, updates: int) -> None:
@@ -650,8 +650,7 @@ class Log:
                 "time/updates_per_second": updates / seconds}
         line |= {name: float(np.mean([*map(float, x)])) for name, x in self.values.items()}
         self.lines, self.values = [*self.lines, line], {}
-        text = "\n".join(map(json.dumps, self.lines)) + "\n"
-        (self.folder / "metrics.jsonl").write_text(text)
+        (self.folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, self.lines)) + "\n")
         keys = ["env/return", "eval/return", "wm/recon", "wm/kl",
                 "ac/entropy", "eval/trajectory_entropy", "eval/reward_rho", "eval/return_rho"]
         figure = Figure(figsize=(15, 6.5), layout="constrained")
@@ -708,11 +707,11 @@ def load_agent(path: str | Path, device: str = "auto") -> Agent:
 # %% [markdown]
 # # Section 5: Self-Evaluation Metrics
 # Does the dream match the world, in episodes that were never trained on? From states that saw real
-# frames the prior dreams K steps on, under the actions that were really taken. A hat marks what was
+# frames the prior dreams M steps on, under the actions that were really taken. A hat marks what was
 # dreamed; alive_k is 1 until the real episode has terminated, then 0.
 # - Eq. 5.1 `reward_rho = corr(hat c_1 ... hat c_{k-1} hat r_k, alive_{k-1} r_k)`, over all k <= H
 # - Eq. 5.2 `return_rho`: the same, of sums over k <= H discounted by `gamma^{k-1}`
-# - Eq. 5.3 `pixel_error_k`: Eq. 2.1 after k dreamed steps; of the last frame seen; of the mean one
+# - Eq. 5.3 `pixel_error_k`: Eq. 2.1 after k dreamed steps, and of two guesses: last and mean frame
 # - Eq. 5.4 `trajectory_entropy`: sum over H dreamed steps of the entropies of actor and prior
 
 # %% 5.1 Evaluation on unseen seeds
@@ -746,20 +745,20 @@ def dream_metrics(agent: Agent, held_out: list[dict]) -> dict:
     start = (~rows["terminated"]).nonzero().flatten()[::2].contiguous()  # [N]
     ends = rows["is_last"].nonzero().flatten()
     end = ends[torch.searchsorted(ends, start)]  # [N]: the last row of the episode
-    row = start + torch.arange(max(H, 50) + 1, device=start.device).unsqueeze(1)  # [K+1,N]
-    lasted, row = row <= end, torch.minimum(row, end)  # [K+1,N]
-    known = lasted | rows["terminated"][end]  # [K+1,N]: after a termination nothing comes
-    actions = rows["prev_action"][row[1:]]  # [K,N,A]
-    dream, _ = imagine(model, agent.actor, feat[0, start], len(actions), actions)  # [K+1,N,F]
+    index = start + torch.arange(max(H, 50) + 1, device=start.device).unsqueeze(1)  # [M+1,N]
+    lasted, index = index <= end, torch.minimum(index, end)  # [M+1,N]
+    known = lasted | rows["terminated"][end]  # [M+1,N]: after a termination nothing comes
+    actions = rows["prev_action"][index[1:]]  # [M,N,A]
+    dream, _ = imagine(model, agent.actor, feat[0, start], len(actions), actions)  # [M+1,N,F]
     reward, cont = model.predict(dream[: H + 1])  # [H+1,N]
     cont[0] = 1  # at the start the episode is alive
     dreamed = cont[:-1].cumprod(0) * reward[1:]  # [H,N]
-    real = (lasted * rows["reward"][row])[1 : H + 1]  # [H,N]
+    real = (lasted * rows["reward"][index])[1 : H + 1]  # [H,N]
     metrics = reward_correlation(dreamed, real, known[1 : H + 1], agent.config.gamma)
     for k in (1, 5, 15, 50):
         guesses = {"": model.decoder(dream[k]), "_repeat": obs[start], "_mean": obs.mean(0)}
         for name, guess in guesses.items():
-            error = (guess - obs[row[k]]).square().sum((-3, -2, -1))  # [N]
+            error = (guess - obs[index[k]]).square().sum((-3, -2, -1))  # [N]
             metrics[f"pixel_error{name}_{k}"] = error[lasted[k]].mean()  # Eq. 5.3
     return metrics | trajectory_entropy(agent, feat[0, start])
 
@@ -822,10 +821,11 @@ def measure(eval: Path, episodes: int = 20, seed: int = 0, device: str = "auto")
     """Print, as JSON, how the agent of the run in the folder EVAL does on unseen episodes."""
     print(json.dumps(evaluate(load_agent(eval, device), episodes, seed), indent=2))
 
-def go_on(resume: Path, steps: int = 0, device: str = "auto") -> Path:
-    """Go on with the run in the folder RESUME, to so many steps; 0: as many as it was to make."""
+def go_on(resume: Path, steps: int = 0, device: str = "") -> Path:
+    """Go on with the run in the folder RESUME; with its own steps and device, if none are given."""
     saved = read_checkpoint(resume)["config"]
-    return train(Config(**saved | {"steps": steps or saved["steps"], "device": device}), resume)
+    new = {"steps": steps or saved["steps"], "device": device or saved["device"]}
+    return train(Config(**saved | new), resume)
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns 0, 2 after an error, 130 after Ctrl-C."""
@@ -843,7 +843,7 @@ def main(argv: list[str] | None = None) -> int:
         print("dreamer.py: error:", " ".join(str(error).split()), file=sys.stderr)  # one line
         return 2
     except KeyboardInterrupt:
-        print("\ndreamer.py: stopped; the first line says how to go on", file=sys.stderr)
+        print("\ndreamer.py: stopped; --resume goes on with a run", file=sys.stderr)
         return 130
 
 if __name__ == "__main__" and "ipykernel" not in sys.modules:  # a notebook calls train itself

@@ -329,6 +329,13 @@ def test_acting_and_observe_reach_the_same_state_on_the_same_history(agent):
     assert torch.allclose(torch.stack(acted), feat[0], atol=1e-5)
 
 
+def test_the_model_knows_the_action_as_the_environment_clips_it(agent):
+    feat, action = torch.randn(3, D + Z), torch.tensor([[3.0, -7.0]]).expand(3, -1)
+    recur = agent.world_model.rssm.recur
+    assert torch.equal(recur(feat, action), recur(feat, action.sign()))
+    assert not torch.equal(recur(feat, action), recur(feat, -action))
+
+
 def sequence(agent, first=()):
     """Random inputs that want gradients, and what the RSSM makes of them."""
     embed = torch.randn(3, 8, 256, requires_grad=True)
@@ -850,9 +857,10 @@ BAD_INPUT = [
     (["--device", "tpu"], "Expected one of ('auto', 'cpu', 'cuda')"),
     (["--eval", ".", "--held-out", "9"], "Unrecognized options: --held-out"),
     (["--resume", ".", "--gamma", "0.9"], "Unrecognized options: --gamma"),
-    (["--steps", "0"], "steps must be at least 1, and finite; it is 0"),
+    (["--steps", "0"], "steps must lie between 1 and 1000000000, not 0"),
+    (["--gamma", "1.5"], "gamma must lie between 0 and 1, not 1.5"),
     (["--steps", "1000"], "steps (1000) must exceed prefill (1500)"),
-    (["--lr", "nan"], "lr must be at least 0, and finite"),
+    (["--lr", "nan"], "lr must lie between 0 and"),
     (["--batch-length", "64", "--prefill", "10"], "batch_length must not exceed prefill"),
     (["--env", "CartPol-v1"], "Did you mean: `CartPole`?"),
     (["--env", "no_such_module:Thing-v0"], "No module named 'no_such_module'"),
