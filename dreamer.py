@@ -1,10 +1,10 @@
-"""Dreamer in one file: learn a world model from pixels, then learn to act inside its imagination.
+"""Dreamer in one file: learn a world model from pixels, then to act in its imagination.
 
-    python dreamer.py --device cpu               train on CartPole's pixels: runs/CartPole-v1-0
+    python dreamer.py --device cpu               train on CartPole's pixels
     python dreamer.py --eval runs/CartPole-v1-0  measure what came out, on unseen episodes
 
-The sections carry the lesson's numbers; the algorithm is DreamerV3 (arXiv:2301.04104). Begin with
-the loop in 4.3, which shows the whole; then read from the top.
+The sections carry the lesson's numbers; the algorithm is DreamerV3 (arXiv:2301.04104).
+Begin with the loop in 4.3, which shows the whole; then read from the top.
 
 Shapes    B batch   T time   N = B*T starts of imagination   H horizon   A action   E embedding
           D = |h|   S groups of K classes, so |z| = S*K   feat = (h, z), F = |feat| = D + S*K
@@ -25,8 +25,7 @@ critic loss                                    -                    -       yes
 """
 
 # %% [markdown]
-# # Section 1: Setup
-# What is to be learned, and from what. Eq. 1.1 to 1.3 stand in the time diagram above.
+# # Section 1: Setup (Eq. 1.1 to 1.3: the time diagram above)
 
 # %% 1.1 Imports and configuration
 from __future__ import annotations
@@ -59,11 +58,11 @@ from tqdm import tqdm
 os.environ |= {"SDL_VIDEODRIVER": "dummy", "SDL_NO_SIGNAL_HANDLERS": "1"}
 
 class DreamerError(Exception):
-    """Something that the user can put right; the command line prints it without a traceback."""
+    """What the user can put right; the command line prints it without a traceback."""
 
 @contextmanager
 def explain(where: str):
-    """Whatever goes wrong in the block, in code or files of others, becomes a DreamerError."""
+    """What goes wrong in the block, in code or files of others, is a DreamerError."""
     try:
         yield
     except Exception as error:
@@ -74,14 +73,14 @@ class Config:
     """The options of a run, and of the command line; DreamerError for impossible ones."""
     env: str = "CartPole-v1"  # Gymnasium id; module:Id imports the module first
     seed: int = 0  # seed of weights, actions, batches and episodes
-    steps: int = 6_000  # environment steps, as the agent counts them; an episode is played out
+    steps: int = 6_000  # environment steps of the agent; the last episode is played out
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes cuda where there is one
     threads: int = 1  # of the CPU; more help only large networks on an idle machine
     runs: str = "runs"  # folder for results; a run writes to RUNS/ENV-SEED
     action_repeat: int = 1  # times that the environment repeats an action, rewards summed
-    prefill: int = 1_500  # steps before the first update; episodes begun in them are random
-    pretrain: int = 1_000  # updates of the world model alone, before behavior learning starts
-    train_ratio: float = 64.0  # replayed steps for each environment step after the prefill
+    prefill: int = 1_500  # steps before the first update; episodes begun in them: random
+    pretrain: int = 1_000  # updates of the world model alone, before behavior learning
+    train_ratio: float = 64.0  # replayed steps for each step after the prefill
     batch_size: int = 8  # B, sequences in a batch
     batch_length: int = 16  # T, steps in a sequence
     capacity: int = 100_000  # steps kept in the replay buffer, 12 kB each
@@ -100,7 +99,7 @@ class Config:
     gamma: float = 0.99  # discount of a step
     lam: float = 0.95  # lambda of the lambda-return
     entropy: float = 3e-3  # eta, weight of the actor's entropy
-    slow_rate: float = 0.02  # share of the critic that the slow critic takes over in an update
+    slow_rate: float = 0.02  # share of the critic that the slow critic takes over
     return_rate: float = 0.01  # share of new returns in the running range of returns
     log_every: int = 500  # steps between lines of metrics.jsonl
     eval_every: int = 2_500  # steps between evaluations
@@ -112,7 +111,7 @@ class Config:
         for name, value in asdict(self).items():
             low = int(isinstance(getattr(Config, name), int) and name not in ("seed", "pretrain"))
             high = 1 if name in ("unimix", "gamma", "lam", "slow_rate", "return_rate") else 1e9
-            if not isinstance(value, str) and not low <= value <= high:  # catches nan, too
+            if not isinstance(value, str) and not low <= value <= high:  # nan, too
                 raise DreamerError(f"{name} must lie between {low} and {high:.0f}, not {value}")
         if self.batch_length > min(self.prefill, self.capacity):
             raise DreamerError("batch_length must not exceed prefill and capacity")
@@ -122,7 +121,7 @@ class Config:
 
 # %% 1.2 Small tools
 def sg(x: Tensor) -> Tensor:
-    """Stop-gradient, the marks in the losses; besides, `no_grad` cuts off the dream in 3.4."""
+    """Stop-gradient. One cut more is in 3.4: `no_grad` around the dream."""
     return x.detach()
 
 def symlog(x: Tensor) -> Tensor:
@@ -134,7 +133,7 @@ def symexp(x: Tensor) -> Tensor:
     return torch.sign(x) * torch.expm1(torch.abs(x))
 
 def twohot_encode(x: Tensor, bins: Tensor) -> Tensor:
-    """x [...] -> weights [..., len(bins)] on the two bins around x, with mean x (DreamerV3)."""
+    """x [...] -> weights [..., len(bins)] on the two bins around x, their mean is x."""
     x = x.clamp(bins[0], bins[-1]).unsqueeze(-1)
     above = torch.searchsorted(bins, x).clamp(min=1)
     weight = (x - bins[above - 1]) / (bins[above] - bins[above - 1])
@@ -147,17 +146,17 @@ def twohot_decode(logits: Tensor, bins: Tensor) -> Tensor:
     return (terms + terms.flip(-1)).sum(-1) / 2  # in pairs: the huge outer bins cancel
 
 def init_weights(module: nn.Module) -> None:
-    """For `network.apply`: weights of variance 1 / fan-in, three times PyTorch's, and no biases."""
+    """For `apply`: weights of variance 1 / fan-in, three times PyTorch's; zero biases."""
     if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
         fan_in = module.weight.numel() / len(module.bias)
         if isinstance(module, nn.ConvTranspose2d):
-            fan_in /= np.prod(module.stride)  # an output pixel sees so much less of the kernel
+            fan_in /= np.prod(module.stride)  # an output sees a part of the kernel
         std = 1.1368 / fan_in**0.5  # 1.1368 makes up for the tails cut at two sigma
         nn.init.trunc_normal_(module.weight, 0.0, std, -2 * std, 2 * std)
         nn.init.zeros_(module.bias)
 
 def mlp(inputs: int, units: int, layers: int, outputs: int, outscale: float = 1.0) -> nn.Sequential:
-    """`layers` times linear, layer norm, SiLU; then linear, its weights times `outscale`."""
+    """`layers` times linear, norm, SiLU; then linear, its weights times `outscale`."""
     network = nn.Sequential()
     for _ in range(layers):
         network.extend([nn.Linear(inputs, units), nn.LayerNorm(units), nn.SiLU()])
@@ -168,15 +167,15 @@ def mlp(inputs: int, units: int, layers: int, outputs: int, outscale: float = 1.
 
 # %% 1.3 Pixel wrapper
 class PixelEnv(gym.Wrapper):
-    """Any registered Gymnasium environment through its pixels, uint8 [64, 64, 3]; a Box of actions
-    becomes [-1, 1]; `row` is the newest row of the time diagram. Errors become a DreamerError."""
+    """Any registered Gymnasium environment through its pixels, uint8 [64, 64, 3]; Box actions in
+    [-1, 1]; `row` is the newest row of the time diagram. Errors become a DreamerError."""
     spec = None  # gym.make would not give the same again
 
     def __init__(self, env_id: str, action_repeat: int = 1):
         self.env_id, self.action_repeat = env_id, action_repeat
         with explain(f"--env {env_id}"):
             super().__init__(gym.make(env_id, render_mode="rgb_array", disable_env_checker=True))
-            if self.env.spec.max_episode_steps is None:  # else an evaluation might never end
+            if self.env.spec.max_episode_steps is None:  # evaluations have to end
                 self.env = gym.wrappers.TimeLimit(self.env, 1_000)
             self.is_box = isinstance(self.action_space, Box) and self.action_space.is_bounded()
             if self.is_box:
@@ -189,7 +188,7 @@ class PixelEnv(gym.Wrapper):
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         self.episode, self.age = f"{self.env_id}, episode with seed {seed}", 0
-        self.action_space.seed(None if seed is None else seed + 2**40)  # not the world's own chance
+        self.action_space.seed(None if seed is None else seed + 2**40)  # of its own
         with explain(self.episode):
             _, info = self.env.reset(seed=seed, options=options)
             self.row = dict(
@@ -200,7 +199,7 @@ class PixelEnv(gym.Wrapper):
     def step(self, action):
         total, self.age = 0.0, self.age + 1
         with explain(f"{self.episode}, step {self.age}"):
-            taken = np.clip(action, -1, 1) if self.is_box else action  # a normal has tails
+            taken = np.clip(action, -1, 1) if self.is_box else action  # it has tails
             for _ in range(self.action_repeat):
                 _, reward, terminated, truncated, info = self.env.step(taken)
                 total += float(reward)
@@ -208,7 +207,7 @@ class PixelEnv(gym.Wrapper):
                     break
             if not np.isfinite(total):
                 raise ValueError(f"the reward is {total}")
-            prev_action = np.float32(flatten(self.action_space, action))  # one-hot if Discrete
+            prev_action = np.float32(flatten(self.action_space, action))  # or one-hot
             self.row = dict(
                 obs=self.frame(), prev_action=prev_action, reward=np.float32(total),
                 terminated=terminated, is_first=False, is_last=terminated or truncated)
@@ -229,8 +228,8 @@ class Encoder(nn.Sequential):
     def __init__(self, depth: int):
         a, b, c = 2 * depth, 4 * depth, 8 * depth
         super().__init__(
-            nn.Conv2d(3, a, 8, stride=4, padding=2), ChannelNorm(a), nn.SiLU(),  # 64 -> 16
-            nn.Conv2d(a, b, 4, stride=2, padding=1), ChannelNorm(b), nn.SiLU(),  # 16 -> 8
+            nn.Conv2d(3, a, 8, stride=4, padding=2), ChannelNorm(a), nn.SiLU(),  # to 16
+            nn.Conv2d(a, b, 4, stride=2, padding=1), ChannelNorm(b), nn.SiLU(),  # to 8
             nn.Conv2d(b, c, 4, stride=2, padding=1), ChannelNorm(c), nn.SiLU(), nn.Flatten())  # 4
 
     def forward(self, obs: Tensor) -> Tensor:
@@ -253,11 +252,11 @@ class Decoder(nn.Sequential):
 
 # %% 1.5 RSSM
 def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p || q) in nats, summed over the groups; log-probabilities [..., S, K] -> [...]."""
+    """KL(p || q) in nats, summed over groups; log-probabilities [..., S, K] -> [...]."""
     return (p.exp() * (p - q)).sum((-2, -1))
 
 class RSSM(nn.Module):
-    """Recurrent state-space model (PlaNet, arXiv:1811.04551) with categorical z (DreamerV2)."""
+    """Recurrent state-space model (arXiv:1811.04551) with categorical z (DreamerV2)."""
     def __init__(self, embed_size: int, action_size: int, config: Config):
         super().__init__()
         self.groups, self.classes, self.unimix = config.groups, config.classes, config.unimix
@@ -274,7 +273,7 @@ class RSSM(nn.Module):
         return self.gates[0].weight.new_zeros(batch, self.feat_size)
 
     def recur(self, feat: Tensor, prev_action: Tensor) -> Tensor:
-        """Eq. 1.1, a GRU with layer norm: (h, z) [.,F] and action [.,A] -> next h [.,D]."""
+        """Eq. 1.1, a GRU with layer norm: (h, z) [.,F], action [.,A] -> next h [.,D]."""
         h, z = feat.split([self.hidden, self.feat_size - self.hidden], -1)
         x = self.inputs(torch.cat([z, prev_action.clamp(-1, 1)], -1))
         reset, candidate, update = self.gates(torch.cat([x, h], -1)).chunk(3, -1)
@@ -283,8 +282,8 @@ class RSSM(nn.Module):
         return update * candidate + (1 - update) * h
 
     def log_probs(self, logits: Tensor) -> Tensor:
-        """Logits [.,S*K] -> log-probabilities [.,S,K]: softmax, with a share `unimix` of uniform.
-        Samples, KL and entropy all use these: no class is impossible, and no KL infinite."""
+        """Logits [.,S*K] -> log-probabilities [.,S,K]: softmax, a share `unimix` of uniform.
+        Samples, KL and entropy use these: no class is impossible, and no KL infinite."""
         probs = torch.softmax(logits.unflatten(-1, (self.groups, self.classes)), -1)
         return torch.log((1 - self.unimix) * probs + self.unimix / self.classes)
 
@@ -293,7 +292,7 @@ class RSSM(nn.Module):
         return self.log_probs(self.prior_net(h))
 
     def sample(self, log_probs: Tensor) -> Tensor:
-        """z [.,S*K], one-hot in each group; its gradient goes straight through to [.,S,K]."""
+        """z [.,S*K], one-hot in each group; the gradient goes straight through."""
         probs = log_probs.exp()
         # Inverse CDF: count the classes whose cumulated share a random number exceeds
         drawn = (sg(probs).cumsum(-1) < torch.rand_like(probs[..., :1])).sum(-1)
@@ -306,17 +305,17 @@ class RSSM(nn.Module):
         return torch.cat([h, self.sample(self.prior(h))], -1)
 
     def obs_step(self, feat: Tensor, prev_action: Tensor, embed: Tensor) -> tuple[Tensor, Tensor]:
-        """One step with an encoded frame: the next (h, z), z from the posterior; the posterior."""
+        """One step with a frame: the next (h, z), z from the posterior; the posterior."""
         h = self.recur(feat, prev_action)
         post = self.log_probs(self.post_net(torch.cat([h, embed], -1)))  # Eq. 1.2
         return torch.cat([h, self.sample(post)], -1), post
 
     def observe(self, embed: Tensor, prev_action: Tensor, is_first: Tensor) -> tuple:
-        """Sequences [B,T,...] -> (h, z) [B,T,F], posterior and prior [B,T,S,K]. `is_first` erases
-        h, z and the action: nothing crosses the border between episodes."""
+        """Sequences [B,T,...] -> (h, z) [B,T,F], posterior and prior [B,T,S,K]. `is_first`
+        erases h, z and the action: nothing crosses the border between episodes."""
         keep = (~is_first).float().unsqueeze(-1)  # [B,T,1]
         rows = embed.unbind(1), (prev_action * keep).unbind(1), keep.unbind(1)
-        feat, steps = self.initial(len(embed)), []  # a window in mid-episode starts so, too
+        feat, steps = self.initial(len(embed)), []  # in mid-episode, too
         for embed_t, prev_action_t, keep_t in zip(*rows, strict=True):
             feat, post = self.obs_step(feat * keep_t, prev_action_t, embed_t)
             steps.append((feat, post))
@@ -325,7 +324,7 @@ class RSSM(nn.Module):
 
 # %% 1.6 Head for rewards and values
 class TwoHotHead(nn.Module):
-    """Features [..., F] -> a number [...] of any size, 0 at first: a distribution over 255 bins."""
+    """Features [..., F] -> a number [...], 0 at first: a distribution over 255 bins."""
     def __init__(self, feat_size: int, units: int, layers: int):
         super().__init__()
         self.net = mlp(feat_size, units, layers, 255, outscale=0.0)
@@ -336,17 +335,17 @@ class TwoHotHead(nn.Module):
         return twohot_decode(self.net(feat), self.bins)
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Cross-entropy [...] of a two-hot target [...] and the logits [..., 255] of `net`."""
+        """Cross-entropy [...] of a target [...] and the logits [..., 255] of `net`."""
         return -(twohot_encode(target, self.bins) * torch.log_softmax(logits, -1)).sum(-1)
 
 # %% 1.7 Actor and critic
 class Actor(nn.Module):
-    """Features [..., F] -> distribution of actions [..., A]: one-hot categorical, or normal."""
+    """Features [..., F] -> distribution of actions [..., A]: categorical, or normal."""
     def __init__(self, feat_size: int, action_space: gym.Space, units: int):
         super().__init__()
         self.discrete = isinstance(action_space, Discrete)
         outputs = flatdim(action_space) * (1 if self.discrete else 2)
-        self.net = mlp(feat_size, units, 2, outputs, outscale=0.01)  # nearly uniform at first
+        self.net = mlp(feat_size, units, 2, outputs, outscale=0.01)  # nearly uniform
 
     def forward(self, feat: Tensor) -> Distribution:
         if self.discrete:
@@ -356,7 +355,7 @@ class Actor(nn.Module):
         return Independent(normal, 1, validate_args=False)
 
 class Critic(TwoHotHead):
-    """Features [..., F] -> value [...]: the discounted rewards that are still to be collected."""
+    """Features [..., F] -> value [...]: the discounted rewards still to be collected."""
 
 # %% 1.8 Replay buffer
 def stack_rows(rows: list[dict], device: str) -> dict[str, Tensor]:
@@ -374,8 +373,8 @@ class ReplayBuffer:
         del self.rows[: -self.capacity]
 
     def sample(self, batch_size: int, length: int, device: str = "cpu") -> dict[str, Tensor]:
-        """[B, T, ...] windows of consecutive rows, uniform over where they can start. They run
-        across episodes: is_first marks the border."""
+        """[B, T, ...] windows of consecutive rows, uniform over where they can start. They
+        run across episodes: is_first marks the border."""
         starts = torch.randint(len(self.rows) - length + 1, (batch_size,)).tolist()
         rows = [row for start in starts for row in self.rows[start : start + length]]
         columns = stack_rows(rows, device)
@@ -387,13 +386,13 @@ class ReplayBuffer:
 # what row t holds. The loss (Eq. 2.6) is the mean over B and T of the weighted sum of
 # - Eq. 2.1 `recon = sum over pixels of (o_t - decoder(h_t, z_t))^2`
 # - Eq. 2.2 `reward = -ln p(r_t | h_t, z_t)`, a cross-entropy with the two-hot reward
-# - Eq. 2.3 `cont = -ln p(c_t | h_t, z_t)`, with `c_t = 1 - terminated_t`: a time limit is no end
+# - Eq. 2.3 `cont = -ln p(c_t | h_t, z_t)`, with `c_t = 1 - terminated_t`: no time limit
 # - Eq. 2.4 `dyn = max(free, KL(sg(q) || p))`: the prior learns to foresee the posterior
-# - Eq. 2.5 `rep = max(free, KL(q || sg(p)))`: the posterior, gently, learns to be foreseeable
+# - Eq. 2.5 `rep = max(free, KL(q || sg(p)))`: the posterior learns to be foreseeable
 
 # %% 2.1 World model loss
 class WorldModel(nn.Module):
-    """Encoder, RSSM, decoder, reward and continue heads: all that learns from real rows."""
+    """Encoder, RSSM, decoder, reward and continue heads: what learns from real rows."""
     def __init__(self, action_size: int, config: Config):
         super().__init__()
         self.config = config
@@ -405,7 +404,7 @@ class WorldModel(nn.Module):
         self.cont_head = mlp(self.feat_size, config.units, 1, 1)  # the logit of c
 
     def predict(self, feat: Tensor) -> tuple[Tensor, ...]:
-        """Features [..., F] -> reward [...], and probability [...] that the episode goes on."""
+        """Features [..., F] -> reward [...], probability [...] that it goes on."""
         return self.reward_head(feat), torch.sigmoid(self.cont_head(feat).squeeze(-1))
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, dict]:
@@ -423,16 +422,16 @@ class WorldModel(nn.Module):
             "dyn": kl_divergence(sg(post), prior).clamp(min=free),  # Eq. 2.4
             "rep": kl_divergence(post, sg(prior)).clamp(min=free)}  # Eq. 2.5
         assert all(loss.shape == cont.shape for loss in losses.values())
-        scales = {"dyn": self.config.scale_dyn, "rep": self.config.scale_rep}  # of the others: 1
-        total = sum(scales.get(name, 1) * loss for name, loss in losses.items())  # Eq. 2.6
+        scales = {"dyn": self.config.scale_dyn, "rep": self.config.scale_rep}  # others: 1
+        total = sum(scales.get(name, 1) * loss for name, loss in losses.items())  # 2.6
         metrics = {f"wm/{name}": loss.detach().mean() for name, loss in losses.items()}
         metrics["wm/kl"] = kl_divergence(post, prior).detach().mean()  # before free nats
         return total.mean(), feat, metrics
 
 # %% 2.2 World model update step
 def gradient_step(agent: Agent, part: str, loss: Tensor) -> Tensor:
-    """Move the weights of world_model, actor or critic down the gradient of their loss; returns
-    its norm. DreamerError, before a weight is touched, if loss or gradient is not finite."""
+    """Move the weights of world_model, actor or critic down the gradient of their loss [], and
+    return its norm []. DreamerError, before a weight is touched, if it is not finite."""
     agent.optimizers[part].zero_grad()
     loss.backward()
     norm = nn.utils.clip_grad_norm_(getattr(agent, part).parameters(), agent.config.max_grad_norm)
@@ -449,12 +448,12 @@ def update_world_model(agent: Agent, batch: dict[str, Tensor]) -> tuple[Tensor, 
 
 # %% [markdown]
 # # Section 3: Behavior Learning
-# From every state of the batch the actor dreams H steps ahead, without an environment. The critic
-# learns what return v_t to expect; an action whose return beats it becomes more likely (REINFORCE).
-# The slow critic, a trailing average of the critic, is a second target that keeps it from jumping.
+# From every state of the batch the actor dreams H steps ahead, without an environment. The
+# critic learns what return v_t to expect; an action that beats it becomes likelier (REINFORCE).
+# The slow critic, a trailing average, is a second target that keeps the critic from jumping.
 # - Eq. 3.1 `a_t ~ pi(. | h_t, z_t)`, `h_{t+1} = f(h_t, z_t, a_t)`, `z_{t+1} ~ p(. | h_{t+1})`
 # - Eq. 3.2 `R_t = r_{t+1} + gamma c_{t+1} ((1 - lam) v_{t+1} + lam R_{t+1})`, `R_H = v_H`
-# - Eq. 3.3 `w_t = c_0 (gamma c_1) ... (gamma c_t)`: the dream counts only while it is alive
+# - Eq. 3.3 `w_t = c_0 (gamma c_1) ... (gamma c_t)`: the dream counts while it is alive
 # - Eq. 3.4 `scale = max(1, running mean of (95th - 5th percentile of R))`
 # - Eq. 3.5 `actor loss = -w_t (sg((R_t - v_t) / scale) ln pi(a_t | h_t, z_t) + eta entropy)`
 # - Eq. 3.6 `critic loss = -w_t (ln p(R_t | h_t, z_t) + ln p(slow critic's v_t | h_t, z_t))`
@@ -462,8 +461,8 @@ def update_world_model(agent: Agent, batch: dict[str, Tensor]) -> tuple[Tensor, 
 # %% 3.1 Imagination
 def imagine(model: WorldModel, actor: Actor, feat: Tensor, horizon: int,
             given: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Eq. 3.1: states (h, z) [N,F] -> H + 1 states [H+1,N,F], these first, and the actions [H,N,A]
-    between them: the actor's, or those `given`. An end stops no dream, but its weight (Eq. 3.3)."""
+    """Eq. 3.1: states (h, z) [N,F] -> H + 1 states [H+1,N,F], these first; actions [H,N,A]: the
+    actor's, or those `given`. An end stops no dream, but takes its weight (Eq. 3.3)."""
     feats, actions = [feat], []
     for t in range(horizon):
         actions.append(actor(sg(feats[t])).sample() if given is None else given[t])  # [N,A]
@@ -472,7 +471,7 @@ def imagine(model: WorldModel, actor: Actor, feat: Tensor, horizon: int,
 
 # %% 3.2 Lambda-return
 def lambda_return(reward: Tensor, value: Tensor, cont: Tensor, gamma: float, lam: float) -> Tensor:
-    """Eq. 3.2: reward, value and cont [H+1, ...] of the states 0 to H -> R [H, ...] of 0 to H-1.
+    """Eq. 3.2: reward, value, cont [H+1, ...] of states 0 to H -> R [H, ...] of 0 to H-1.
     Entry 0 of reward and cont belongs to the action before the dream, and is not used."""
     returns = [value[-1]]
     for t in reversed(range(len(value) - 1)):
@@ -482,31 +481,31 @@ def lambda_return(reward: Tensor, value: Tensor, cont: Tensor, gamma: float, lam
 
 # %% 3.3 Return normalisation
 def return_scale(return_range: Tensor, returns: Tensor, rate: float) -> Tensor:
-    """Move the running [5th, 95th] percentile, in place, to returns [H,N]; scale []. Eq. 3.4."""
+    """Move the running [5th, 95th] percentile, in place; returns [H,N] -> scale []."""
     percentiles = torch.quantile(returns.flatten(), returns.new_tensor([0.05, 0.95]))
     return_range.lerp_(percentiles, rate)
     return (return_range[1] - return_range[0]).clamp(min=1.0)
 
 # %% 3.4 Actor and critic losses, behavior update step
 def update_behavior(agent: Agent, feat: Tensor) -> dict[str, Tensor]:
-    """Dream from states (h, z) [N,F], then one step of the actor and one of the critic."""
+    """Dream from states (h, z) [N,F]; then a step of the actor, and one of the critic."""
     config, model, actor, critic = agent.config, agent.world_model, agent.actor, agent.critic
-    with torch.no_grad():  # allowed: REINFORCE needs the gradient of ln pi alone, computed below
+    with torch.no_grad():  # REINFORCE needs the gradient of ln pi alone: see below
         feat, action = imagine(model, actor, feat, config.horizon)  # [H+1,N,F], [H,N,A]
         reward, cont = model.predict(feat)  # each [H+1,N]
     logits = critic.net(sg(feat))  # [H+1,N,255]
     value = twohot_decode(sg(logits), critic.bins)  # [H+1,N]
-    returns = lambda_return(reward, value, cont, config.gamma, config.lam)  # [H,N] Eq. 3.2
+    returns = lambda_return(reward, value, cont, config.gamma, config.lam)  # [H,N] 3.2
     weight = torch.cat([cont[:1], config.gamma * cont[1:-1]]).cumprod(0)  # [H,N] Eq. 3.3
     scale = return_scale(agent.return_range, returns, config.return_rate)  # [] Eq. 3.4
     feat, logits, baseline = feat[:-1], logits[:-1], value[:-1]  # state H has no action
     policy = actor(sg(feat))
     entropy = policy.entropy()  # [H,N]
     advantage = (returns - baseline) / scale  # [H,N]
-    objective = sg(advantage) * policy.log_prob(sg(action)) + config.entropy * entropy  # [H,N]
+    objective = sg(advantage) * policy.log_prob(sg(action)) + config.entropy * entropy
     actor_loss = -(sg(weight) * objective).mean()  # [] Eq. 3.5
     slow_value = agent.slow_critic(feat)  # [H,N]
-    cross_entropy = critic.loss(logits, sg(returns)) + critic.loss(logits, sg(slow_value))  # [H,N]
+    cross_entropy = critic.loss(logits, sg(returns)) + critic.loss(logits, sg(slow_value))
     critic_loss = (sg(weight) * cross_entropy).mean()  # [] Eq. 3.6
     assert objective.shape == cross_entropy.shape == weight.shape
     gradient_step(agent, "actor", actor_loss)
@@ -520,12 +519,12 @@ def update_behavior(agent: Agent, feat: Tensor) -> dict[str, Tensor]:
 
 # %% [markdown]
 # # Section 4: Training Loop
-# First random actions, and updates of the world model alone. Then, in turn: act, update the world
-# model on real rows, update the behavior in a dream.
+# First random actions, and updates of the world model alone. Then, in turn: act, update
+# the world model on real rows, update the behavior in a dream.
 
 # %% 4.1 The agent, and acting
 class Agent(nn.Module):
-    """All that learns: world model, actor, critic, its slow copy, and the range of returns."""
+    """All that learns: world model, actor, critic, its slow copy, range of returns."""
     def __init__(self, action_space: gym.Space, config: Config):
         super().__init__()
         torch.set_num_threads(config.threads)
@@ -534,7 +533,7 @@ class Agent(nn.Module):
         self.actor = Actor(self.world_model.feat_size, action_space, config.units)
         self.critic = Critic(self.world_model.feat_size, config.units, layers=2)
         self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        self.register_buffer("return_range", torch.zeros(2))  # running 5th and 95th percentile
+        self.register_buffer("return_range", torch.zeros(2))  # 5th and 95th percentile
         with explain(f"--device {config.device}"):
             self.to(config.device)
         self.optimizers = {  # each holds the weights of one part, and moves no others
@@ -543,8 +542,8 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def act(self, obs: np.ndarray, state: tuple | None = None, explore: bool = False) -> tuple:
-        """Frame uint8 [64,64,3], state from the last call (None: first frame) -> the most likely
-        action for `PixelEnv.step`, or a sample; state ((h, z) [1,F], action [1,A]), as in 1.5."""
+        """Frame uint8 [64,64,3], state of the last call (None: first frame) -> the most likely
+        action for `PixelEnv.step`, or a sample; state: (h, z) [1,F] and action [1,A]."""
         rssm, obs = self.world_model.rssm, torch.as_tensor(obs, device=self.config.device)
         if state is None:
             state = rssm.initial(1), torch.zeros(1, flatdim(self.action_space), device=obs.device)
@@ -555,45 +554,44 @@ class Agent(nn.Module):
 
 # %% 4.2 Playing an episode
 def episode_seed(seed: int, number: int, evaluation: bool = False) -> int:
-    """Training episodes have even seeds, evaluation episodes odd ones: they never meet."""
+    """Training episodes have even seeds, evaluations odd ones: they never meet."""
     return 2 * (1_000_000 * seed + number) + evaluation
 
 def play(agent: Agent, env: PixelEnv, seed: int, chance: float = 0.0) -> list[dict]:
-    """The rows of an episode with the most likely actions. At every step there is a `chance` that
-    random ones take over: where a policy balances, a dream would have nothing to foresee."""
+    """The rows of an episode with the most likely actions. At every step there is a `chance`
+    that random ones take over: where a policy balances, nothing is to be foreseen."""
     env.reset(seed=seed)
     rows, state, at_random = [env.row], None, False
     while not env.row["is_last"]:
         at_random = at_random or torch.rand(()) < chance
-        action, state = agent.act(env.row["obs"], state)  # once at random, both are ignored
+        action, state = agent.act(env.row["obs"], state)  # ignored, once at random
         env.step(env.action_space.sample() if at_random else action)
         rows.append(env.row)
     return rows
 
 # %% 4.3 The training loop
 def updates_due(config: Config, step: int) -> int:
-    """Updates due: after the prefill `pretrain`, then train_ratio / (B T) for each further step."""
-    past_prefill = min(step, config.steps) - config.prefill  # playing out an episode adds none
+    """After the prefill `pretrain` updates; then train_ratio / (B T) for each step."""
+    past_prefill = min(step, config.steps) - config.prefill  # no update after the last
     updates = config.train_ratio / (config.batch_size * config.batch_length) * past_prefill
     return config.pretrain + int(updates) if past_prefill >= 0 else 0
 
 def train(config: Config, resume: str | Path | None = None, agent: Agent | None = None) -> Path:
-    """Train a new agent, or a given one of the same config, or go on with the run in the folder
-    `resume`; returns the run's folder. On a CPU the same config gives the same metrics (not times),
-    however often the run was killed. DreamerError if the run exists already, or cannot go on."""
-    name = re.sub("[^A-Za-z0-9._-]", "-", f"{config.env}-{config.seed}")  # fit for any system
+    """Train a new agent, or a given one of the same config, or go on with the run in `resume`;
+    returns the run's folder. On a CPU the same config gives the same metrics, no matter how
+    often the run was killed. DreamerError if the run exists already, or cannot go on."""
+    name = re.sub("[^A-Za-z0-9._-]", "-", f"{config.env}-{config.seed}")
     folder = Path(config.runs) / name if resume is None else Path(resume)
     if resume is None and (folder / "checkpoint.pt.gz").exists():
         raise DreamerError(f"{folder} exists: --resume it, or choose another --seed or --runs")
     torch.manual_seed(config.seed)
     env = PixelEnv(config.env, config.action_repeat)
     agent = agent or Agent(env.action_space, config)
-    replay, log = ReplayBuffer(config.capacity), Log(folder)
+    replay, log = ReplayBuffer(config.capacity), Log(folder, config.free_nats)
     step, episode, updates = (0, 0, 0) if resume is None else load_checkpoint(agent, replay, log)
     next_save = save_checkpoint(agent, replay, log, step, episode, updates)
     print(f'Results: {folder}. If it is stopped: python dreamer.py --resume "{folder}"')
-    # An update of the world model counts as 1, one of the behavior, with acting, as 2
-    total = 3 * updates_due(config, config.steps) - 2 * config.pretrain
+    total = 3 * updates_due(config, config.steps) - 2 * config.pretrain  # behavior: 2
     with tqdm(total=total, initial=max(updates, 3 * updates - 2 * config.pretrain)) as bar:
         while step < config.steps:
             env.reset(seed=episode_seed(config.seed, episode))
@@ -608,7 +606,7 @@ def train(config: Config, resume: str | Path | None = None, agent: Agent | None 
                 replay.add(env.row)
                 step, score = step + 1, score + env.row["reward"]
                 while updates < updates_due(config, step):
-                    lr = config.lr * min(1, 3 - 3 * step / config.steps)  # to 0 in the last third
+                    lr = config.lr * min(1, 3 - 3 * step / config.steps)  # down to 0
                     for optimizer in agent.optimizers.values():
                         optimizer.param_groups[0]["lr"] = lr
                     batch = replay.sample(config.batch_size, config.batch_length, config.device)
@@ -619,7 +617,7 @@ def train(config: Config, resume: str | Path | None = None, agent: Agent | None 
                     bar.update()
                     updates += 1
                     log.add(metrics)
-            # Between episodes the environment has nothing to remember: here a run can go on
+            # Between episodes the environment remembers nothing: a run can go on here
             episode += 1
             log.add({"env/return": score, "env/length": step - begin})
             bar.set_postfix(step=step, episode_return=score)
@@ -634,12 +632,13 @@ def train(config: Config, resume: str | Path | None = None, agent: Agent | None 
 
 # %% 4.4 Log, curves, checkpoint
 class Log:
-    """The lines of metrics.jsonl: each holds the means of the metrics since the line before."""
-    def __init__(self, folder: Path):
-        self.folder, self.start, self.lines, self.values = folder, time.monotonic(), [], {}
+    """The lines of metrics.jsonl: each holds the means since the line before."""
+    def __init__(self, folder: Path, free_nats: float = 0.0):
+        self.folder, self.free_nats, self.start = folder, free_nats, time.monotonic()
+        self.lines, self.values = [], {}
 
     def add(self, metrics: dict) -> None:
-        for name, value in metrics.items():  # tensors are read only when a line is written
+        for name, value in metrics.items():  # tensors are read when a line is due
             self.values.setdefault(name, []).append(value)
 
     def write(self, step: int, episodes: int, updates: int) -> None:
@@ -657,12 +656,13 @@ class Log:
         for axes, key in zip(figure.subplots(2, 4).flat, keys, strict=True):
             points = [(line["env/step"], line[key]) for line in self.lines if key in line]
             axes.plot(*np.reshape(points, (-1, 2)).T, ".-")
+            axes.axhline(self.free_nats if key == "wm/kl" else np.nan, linestyle="--")
             axes.set(title=key, xlabel="steps", yscale="log" if key == "wm/recon" else "linear")
         figure.savefig(self.folder / "curves.png", dpi=100)
 
 def save_checkpoint(agent: Agent, replay: ReplayBuffer, log: Log, *progress: int) -> float:
-    """All that a run is, into checkpoint.pt.gz: written beside, and renamed when it is whole.
-    Returns when the next one is due by `time.monotonic`: they take at most 5 % of the time."""
+    """All that a run is, into checkpoint.pt.gz: written beside, and renamed when whole. Returns
+    when the next one is due by `time.monotonic`: they take at most 5 % of the time."""
     start, config, folder = time.monotonic(), asdict(agent.config), log.folder
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -677,7 +677,7 @@ def save_checkpoint(agent: Agent, replay: ReplayBuffer, log: Log, *progress: int
     return time.monotonic() + max(agent.config.save_every, 20 * (time.monotonic() - start))
 
 def read_checkpoint(path: str | Path) -> dict:
-    """The checkpoint in a run's folder, or in a file; DreamerError if it is not whole and ours."""
+    """The checkpoint in a run's folder, or a file; DreamerError if it is not whole."""
     with explain(f"{path} holds no checkpoint that can be used"):
         with gzip.open(Path(path) / "checkpoint.pt.gz" if Path(path).is_dir() else path) as packed:
             state = torch.load(packed, map_location="cpu", weights_only=True)
@@ -685,7 +685,7 @@ def read_checkpoint(path: str | Path) -> dict:
         return state
 
 def load_checkpoint(agent: Agent, replay: ReplayBuffer, log: Log) -> tuple[int, int, int]:
-    """Go on from the checkpoint in the log's folder; returns step, episode and updates."""
+    """Go on from the checkpoint in the log's folder; returns step, episode, updates."""
     state = read_checkpoint(log.folder)
     agent.load_state_dict(state["agent"])
     for name, optimizer in agent.optimizers.items():
@@ -706,18 +706,18 @@ def load_agent(path: str | Path, device: str = "auto") -> Agent:
 
 # %% [markdown]
 # # Section 5: Self-Evaluation Metrics
-# Does the dream match the world, in episodes that were never trained on? From states that saw real
-# frames the prior dreams M steps on, under the actions that were really taken. A hat marks what was
-# dreamed; alive_k is 1 until the real episode has terminated, then 0.
-# - Eq. 5.1 `reward_rho = corr(hat c_1 ... hat c_{k-1} hat r_k, alive_{k-1} r_k)`, over all k <= H
+# Does the dream match the world, in episodes that were never trained on? From states that saw
+# real frames the prior dreams M steps on, under the actions that were taken. A hat marks what
+# was dreamed; alive_k is 1 until the real episode has terminated, then 0.
+# - Eq. 5.1 `reward_rho = corr(hat c_1 ... hat c_{k-1} hat r_k, alive_{k-1} r_k)`, k <= H
 # - Eq. 5.2 `return_rho`: the same, of sums over k <= H discounted by `gamma^{k-1}`
-# - Eq. 5.3 `pixel_error_k`: Eq. 2.1 after k dreamed steps, and of two guesses: last and mean frame
-# - Eq. 5.4 `trajectory_entropy`: sum over H dreamed steps of the entropies of actor and prior
+# - Eq. 5.3 `pixel_error_k`: Eq. 2.1 after k steps; and of two guesses: last, mean frame
+# - Eq. 5.4 `trajectory_entropy`: entropies of actor and prior, summed over H steps
 
 # %% 5.1 Evaluation on unseen seeds
 def evaluate(agent: Agent, episodes: int = 20, seed: int = 0) -> dict[str, float]:
-    """Returns (sums of rewards) of `episodes` unseen episodes, and Eq. 5.1 to 5.4 on `held_out`
-    rows of further ones: `eval/...`, if defined. Leaves the random state as it was."""
+    """Returns (sums of rewards) of `episodes` unseen episodes, and Eq. 5.1 to 5.4 on rows of
+    further ones: `eval/...`, if defined. Leaves the random state as it was."""
     if episodes < 1:
         raise DreamerError(f"episodes must be at least 1, not {episodes}")
     env = PixelEnv(agent.config.env, agent.config.action_repeat)
@@ -737,7 +737,7 @@ def evaluate(agent: Agent, episodes: int = 20, seed: int = 0) -> dict[str, float
 
 # %% 5.2 Dreamed against real
 def dream_metrics(agent: Agent, held_out: list[dict]) -> dict:
-    """Eq. 5.1 to 5.4 on the rows of held-out episodes, in dreams from every second of them."""
+    """Eq. 5.1 to 5.4 on rows of held-out episodes, in dreams from every second row."""
     model, H = agent.world_model, agent.config.horizon
     rows = stack_rows(held_out, agent.config.device)  # [L,...]
     obs, embed = rows["obs"] / 255, model.encoder(rows["obs"])  # [L,64,64,3], [L,E]
@@ -763,7 +763,7 @@ def dream_metrics(agent: Agent, held_out: list[dict]) -> dict:
     return metrics | trajectory_entropy(agent, feat[0, start])
 
 def reward_correlation(dreamed: Tensor, real: Tensor, known: Tensor, gamma: float) -> dict:
-    """Eq. 5.1 and 5.2, of rewards [H,N] where they are known; nan where one does not vary."""
+    """Eq. 5.1 and 5.2, of the known rewards [H,N]; nan where one does not vary."""
     def rho(x, y):
         varies = len(x) > 1 and x.min() < x.max() and y.min() < y.max()
         return torch.corrcoef(torch.stack([x, y]).double())[0, 1] if varies else np.nan
@@ -775,7 +775,7 @@ def reward_correlation(dreamed: Tensor, real: Tensor, known: Tensor, gamma: floa
 def trajectory_entropy(agent: Agent, feat: Tensor) -> dict:
     """Eq. 5.4, in nats, in the agent's own dreams from states (h, z) [N,F]."""
     rssm = agent.world_model.rssm
-    feat, _ = imagine(agent.world_model, agent.actor, feat, agent.config.horizon)  # [H+1,N,F]
+    feat, _ = imagine(agent.world_model, agent.actor, feat, agent.config.horizon)
     policy = agent.actor(feat[:-1]).entropy()  # [H,N]
     prior = rssm.prior(feat[1:, :, : rssm.hidden])  # [H,N,S,K]
     latent = torch.special.entr(prior.exp()).sum((-2, -1))  # [H,N]
@@ -784,8 +784,8 @@ def trajectory_entropy(agent: Agent, feat: Tensor) -> dict:
 
 # %% 5.3 The dream as an environment
 class DreamEnv(gym.Env):
-    """The learned world as a Gymnasium environment: after a real first frame prior, reward head and
-    continue head (by chance) make the steps, and the decoder the observation, uint8 [64, 64, 3]."""
+    """The learned world as a Gymnasium environment. After a real first frame prior, reward head
+    and continue head (by chance) make a step, the decoder a frame uint8 [64, 64, 3]."""
     metadata, render_mode = {"render_modes": ["rgb_array"], "render_fps": 30}, "rgb_array"
 
     def __init__(self, agent: Agent):
@@ -818,11 +818,11 @@ class DreamEnv(gym.Env):
 
 # %% Command line
 def measure(eval: Path, episodes: int = 20, seed: int = 0, device: str = "auto") -> None:
-    """Print, as JSON, how the agent of the run in the folder EVAL does on unseen episodes."""
+    """Print, as JSON, how the agent of the run in folder EVAL does on unseen episodes."""
     print(json.dumps(evaluate(load_agent(eval, device), episodes, seed), indent=2))
 
 def go_on(resume: Path, steps: int = 0, device: str = "") -> Path:
-    """Go on with the run in the folder RESUME; with its own steps and device, if none are given."""
+    """Go on with the run in folder RESUME; by default with its own steps and device."""
     saved = read_checkpoint(resume)["config"]
     new = {"steps": steps or saved["steps"], "device": device or saved["device"]}
     return train(Config(**saved | new), resume)
@@ -840,11 +840,11 @@ def main(argv: list[str] | None = None) -> int:
             train(tyro.cli(Config, args=argv, description="Other uses: --resume RUN, --eval RUN"))
         return 0
     except (DreamerError, OSError, MemoryError) as error:
-        print("dreamer.py: error:", " ".join(str(error).split()), file=sys.stderr)  # one line
+        print("dreamer.py: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ndreamer.py: stopped; --resume goes on with a run", file=sys.stderr)
         return 130
 
-if __name__ == "__main__" and "ipykernel" not in sys.modules:  # a notebook calls train itself
+if __name__ == "__main__" and "ipykernel" not in sys.modules:  # no notebook
     sys.exit(main())
