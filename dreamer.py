@@ -62,7 +62,7 @@ class DreamerError(Exception):
 
 @contextmanager
 def explain(where: str):
-    """What goes wrong in the block, in code or files of others, is a DreamerError."""
+    """What goes wrong in the block, in code or files of others: a DreamerError."""
     try:
         yield
     except Exception as error:
@@ -133,7 +133,7 @@ def symexp(x: Tensor) -> Tensor:
     return torch.sign(x) * torch.expm1(torch.abs(x))
 
 def twohot_encode(x: Tensor, bins: Tensor) -> Tensor:
-    """x [...] -> weights [..., len(bins)] on the two bins around x, their mean is x."""
+    """x [...] -> weights [..., len(bins)] on the two bins around x, with mean x."""
     x = x.clamp(bins[0], bins[-1]).unsqueeze(-1)
     above = torch.searchsorted(bins, x).clamp(min=1)
     weight = (x - bins[above - 1]) / (bins[above] - bins[above - 1])
@@ -167,8 +167,8 @@ def mlp(inputs: int, units: int, layers: int, outputs: int, outscale: float = 1.
 
 # %% 1.3 Pixel wrapper
 class PixelEnv(gym.Wrapper):
-    """Any registered Gymnasium environment through its pixels, uint8 [64, 64, 3]; Box actions in
-    [-1, 1]; `row` is the newest row of the time diagram. Errors become a DreamerError."""
+    """Any registered Gymnasium environment through its pixels, uint8 [64, 64, 3]; Box actions
+    in [-1, 1]; `row` is the newest row of the time diagram. Errors become a DreamerError."""
     spec = None  # gym.make would not give the same again
 
     def __init__(self, env_id: str, action_repeat: int = 1):
@@ -188,7 +188,7 @@ class PixelEnv(gym.Wrapper):
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         self.episode, self.age = f"{self.env_id}, episode with seed {seed}", 0
-        self.action_space.seed(None if seed is None else seed + 2**40)  # of its own
+        self.action_space.seed(None if seed is None else seed + 2**40)  # not the same
         with explain(self.episode):
             _, info = self.env.reset(seed=seed, options=options)
             self.row = dict(
@@ -199,7 +199,7 @@ class PixelEnv(gym.Wrapper):
     def step(self, action):
         total, self.age = 0.0, self.age + 1
         with explain(f"{self.episode}, step {self.age}"):
-            taken = np.clip(action, -1, 1) if self.is_box else action  # it has tails
+            taken = np.clip(action, -1, 1) if self.is_box else action  # samples may exceed
             for _ in range(self.action_repeat):
                 _, reward, terminated, truncated, info = self.env.step(taken)
                 total += float(reward)
@@ -207,7 +207,7 @@ class PixelEnv(gym.Wrapper):
                     break
             if not np.isfinite(total):
                 raise ValueError(f"the reward is {total}")
-            prev_action = np.float32(flatten(self.action_space, action))  # or one-hot
+            prev_action = np.float32(flatten(self.action_space, action))  # unclipped
             self.row = dict(
                 obs=self.frame(), prev_action=prev_action, reward=np.float32(total),
                 terminated=terminated, is_first=False, is_last=terminated or truncated)
@@ -219,7 +219,7 @@ class PixelEnv(gym.Wrapper):
 
 # %% 1.4 CNN encoder and decoder
 class ChannelNorm(nn.LayerNorm):
-    """Layer norm over the channels of [N, C, H, W], whose memory is channels-last."""
+    """Layer norm over the channels of [N, C, H, W]; channels-last in memory."""
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
@@ -315,7 +315,7 @@ class RSSM(nn.Module):
         erases h, z and the action: nothing crosses the border between episodes."""
         keep = (~is_first).float().unsqueeze(-1)  # [B,T,1]
         rows = embed.unbind(1), (prev_action * keep).unbind(1), keep.unbind(1)
-        feat, steps = self.initial(len(embed)), []  # in mid-episode, too
+        feat, steps = self.initial(len(embed)), []  # also mid-episode
         for embed_t, prev_action_t, keep_t in zip(*rows, strict=True):
             feat, post = self.obs_step(feat * keep_t, prev_action_t, embed_t)
             steps.append((feat, post))
@@ -388,7 +388,7 @@ class ReplayBuffer:
 # - Eq. 2.2 `reward = -ln p(r_t | h_t, z_t)`, a cross-entropy with the two-hot reward
 # - Eq. 2.3 `cont = -ln p(c_t | h_t, z_t)`, with `c_t = 1 - terminated_t`: no time limit
 # - Eq. 2.4 `dyn = max(free, KL(sg(q) || p))`: the prior learns to foresee the posterior
-# - Eq. 2.5 `rep = max(free, KL(q || sg(p)))`: the posterior learns to be foreseeable
+# - Eq. 2.5 `rep = max(free, KL(q || sg(p)))`: the posterior learns to be foreseen
 
 # %% 2.1 World model loss
 class WorldModel(nn.Module):
@@ -529,12 +529,12 @@ class Agent(nn.Module):
         super().__init__()
         torch.set_num_threads(config.threads)
         self.config, self.action_space = config, action_space
-        self.world_model = WorldModel(flatdim(action_space), config)
-        self.actor = Actor(self.world_model.feat_size, action_space, config.units)
-        self.critic = Critic(self.world_model.feat_size, config.units, layers=2)
-        self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        self.register_buffer("return_range", torch.zeros(2))  # 5th and 95th percentile
-        with explain(f"--device {config.device}"):
+        with explain(f"networks on --device {config.device}"):
+            self.world_model = WorldModel(flatdim(action_space), config)
+            self.actor = Actor(self.world_model.feat_size, action_space, config.units)
+            self.critic = Critic(self.world_model.feat_size, config.units, layers=2)
+            self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
+            self.register_buffer("return_range", torch.zeros(2))  # 5th and 95th percentile
             self.to(config.device)
         self.optimizers = {  # each holds the weights of one part, and moves no others
             name: torch.optim.Adam(getattr(self, name).parameters(), config.lr, fused=True)
@@ -706,8 +706,8 @@ def load_agent(path: str | Path, device: str = "auto") -> Agent:
 
 # %% [markdown]
 # # Section 5: Self-Evaluation Metrics
-# Does the dream match the world, in episodes that were never trained on? From states that saw
-# real frames the prior dreams M steps on, under the actions that were taken. A hat marks what
+# Does the dream match the world, in episodes never trained on? From states that saw real
+# frames the prior dreams M steps on, under the actions that were taken. A hat marks what
 # was dreamed; alive_k is 1 until the real episode has terminated, then 0.
 # - Eq. 5.1 `reward_rho = corr(hat c_1 ... hat c_{k-1} hat r_k, alive_{k-1} r_k)`, k <= H
 # - Eq. 5.2 `return_rho`: the same, of sums over k <= H discounted by `gamma^{k-1}`
@@ -722,7 +722,7 @@ def evaluate(agent: Agent, episodes: int = 20, seed: int = 0) -> dict[str, float
         raise DreamerError(f"episodes must be at least 1, not {episodes}")
     env = PixelEnv(agent.config.env, agent.config.action_repeat)
     returns, held_out = [], []
-    with torch.no_grad(), torch.random.fork_rng():
+    with torch.no_grad(), torch.random.fork_rng([] if agent.config.device == "cpu" else None):
         torch.manual_seed(seed)
         for number in tqdm(range(episodes), "evaluation", leave=False):
             rows = play(agent, env, episode_seed(seed, number, evaluation=True))
@@ -784,7 +784,7 @@ def trajectory_entropy(agent: Agent, feat: Tensor) -> dict:
 
 # %% 5.3 The dream as an environment
 class DreamEnv(gym.Env):
-    """The learned world as a Gymnasium environment. After a real first frame prior, reward head
+    """The learned world as a Gymnasium environment. After a real first frame, prior, reward head
     and continue head (by chance) make a step, the decoder a frame uint8 [64, 64, 3]."""
     metadata, render_mode = {"render_modes": ["rgb_array"], "render_fps": 30}, "rgb_array"
 
@@ -797,7 +797,7 @@ class DreamEnv(gym.Env):
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         super().reset(seed=seed)
         first, info = self.real.reset(seed=seed, options=options)
-        with torch.random.fork_rng():  # what the dream draws follows from its seed alone
+        with torch.random.fork_rng([] if self.agent.config.device == "cpu" else None):
             torch.manual_seed(int(self.np_random.integers(2**31)))
             _, (self.feat, _) = self.agent.act(first)
         return self.render(), info
@@ -805,7 +805,7 @@ class DreamEnv(gym.Env):
     @torch.no_grad()
     def step(self, action):
         action = torch.as_tensor(flatten(self.action_space, action)).to(self.feat)[None]
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([] if self.agent.config.device == "cpu" else None):
             torch.manual_seed(int(self.np_random.integers(2**31)))
             self.feat = self.agent.world_model.rssm.img_step(self.feat, action)
         reward, cont = self.agent.world_model.predict(self.feat)
@@ -823,7 +823,7 @@ def measure(eval: Path, episodes: int = 20, seed: int = 0, device: str = "auto")
 
 def go_on(resume: Path, steps: int = 0, device: str = "") -> Path:
     """Go on with the run in folder RESUME; by default with its own steps and device."""
-    saved = read_checkpoint(resume)["config"]
+    saved = read_checkpoint(resume / "checkpoint.pt.gz")["config"]
     new = {"steps": steps or saved["steps"], "device": device or saved["device"]}
     return train(Config(**saved | new), resume)
 
@@ -839,12 +839,12 @@ def main(argv: list[str] | None = None) -> int:
         else:
             train(tyro.cli(Config, args=argv, description="Other uses: --resume RUN, --eval RUN"))
         return 0
-    except (DreamerError, OSError, MemoryError) as error:
+    except (DreamerError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         print("dreamer.py: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ndreamer.py: stopped; --resume goes on with a run", file=sys.stderr)
         return 130
 
-if __name__ == "__main__" and "ipykernel" not in sys.modules:  # no notebook
+if __name__ == "__main__" and not {"IPython", "pydevconsole"} & sys.modules.keys():
     sys.exit(main())
