@@ -656,8 +656,8 @@ class Log:
         for axes, key in zip(figure.subplots(2, 4).flat, keys, strict=True):
             points = [(line["env/step"], line[key]) for line in self.lines if key in line]
             axes.plot(*np.reshape(points, (-1, 2)).T, ".-")
-            axes.axhline(self.free_nats if key == "wm/kl" else np.nan, linestyle="--")
             axes.set(title=key, xlabel="steps", yscale="log" if key == "wm/recon" else "linear")
+        figure.axes[keys.index("wm/kl")].axhline(self.free_nats, linestyle="--")
         figure.savefig(self.folder / "curves.png", dpi=100)
 
 def save_checkpoint(agent: Agent, replay: ReplayBuffer, log: Log, *progress: int) -> float:

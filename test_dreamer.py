@@ -796,6 +796,7 @@ def test_lines_come_at_the_end_of_the_episode_that_passes_their_step(undisturbed
 
 
 def test_a_line_is_the_mean_since_the_one_before(tmp_path):
+    dreamer.Log(tmp_path).write(5, 1, 0)  # before the first update there is little to draw
     log = dreamer.Log(tmp_path)
     log.add({"wm/recon": torch.tensor(1.0)})
     log.add({"wm/recon": 2.0, "env/return": 5.0})
