@@ -59,6 +59,8 @@ SMALL = dict(  # a config whose every part is small
 )
 A, D, Z, S, K = 2, 16, 16, 4, 4  # sizes under SMALL
 BINS = dreamer.TwoHotHead(1, 1, 1).bins
+# Most tests train, and only two look at the curves, which take longer to draw
+DRAW, dreamer.Figure.savefig = dreamer.Figure.savefig, lambda figure, path, **options: None
 
 
 class Corridor(gym.Env):
@@ -771,14 +773,14 @@ def same_run(a, b):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     runs = str(tmp_path_factory.mktemp("undisturbed"))
-    return train(Config(**SMALL, steps=200, device="cpu", runs=runs))
+    return train(Config(**SMALL, steps=160, device="cpu", runs=runs))
 
 
 def test_same_seed_same_metrics_and_checkpoint_round_trip(undisturbed, tmp_path):
-    again = train(Config(**SMALL, steps=200, device="cpu", runs=str(tmp_path)))
-    other = train(Config(**SMALL, steps=200, device="cpu", runs=str(tmp_path), seed=1))
+    again = train(Config(**SMALL, steps=160, device="cpu", runs=str(tmp_path)))
+    other = train(Config(**SMALL, steps=61, device="cpu", runs=str(tmp_path), seed=1))
     same_run(undisturbed, again)
-    assert lines_of(other)[-1]["wm/recon"] != lines_of(again)[-1]["wm/recon"]
+    assert lines_of(other)[0]["env/return"] != lines_of(again)[0]["env/return"]
     agent = load_agent(undisturbed / "checkpoint.pt.gz", "cpu")
     for name, x in agent.state_dict().items():
         assert torch.equal(x, weights_of(again)[name]), name
@@ -789,13 +791,14 @@ def test_same_seed_same_metrics_and_checkpoint_round_trip(undisturbed, tmp_path)
 def test_lines_come_at_the_end_of_the_episode_that_passes_their_step(undisturbed):
     lines = lines_of(undisturbed)
     steps = [line["env/step"] for line in lines]
-    assert len(steps) == 4 and all(50 * (i + 1) <= x for i, x in enumerate(steps))
-    assert steps[-1] >= 200 and lines[-1]["wm/updates"] == 5 + (200 - 60) * 16 // 24
+    assert len(steps) == 4 and all(x >= y for x, y in zip(steps, (50, 100, 150, 160), strict=True))
+    assert steps[-1] >= 160 and lines[-1]["wm/updates"] == 5 + (160 - 60) * 16 // 24
     with_evaluation = ["eval/return" in line for line in lines]
     assert with_evaluation == [False, True, False, True]
 
 
-def test_a_line_is_the_mean_since_the_one_before(tmp_path):
+def test_a_line_is_the_mean_since_the_one_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(dreamer.Figure, "savefig", DRAW)
     dreamer.Log(tmp_path).write(5, 1, 0)  # before the first update there is little to draw
     log = dreamer.Log(tmp_path)
     log.add({"wm/recon": torch.tensor(1.0)})
@@ -838,7 +841,7 @@ def flags(options):
 
 def test_a_run_from_the_command_line_leaves_every_file_and_explained_metrics(tmp_path):
     command = [sys.executable, str(HERE / "dreamer.py")]
-    run = subprocess.run([*command, "--device", "cpu", "--steps", "200", *flags(SMALL)],
+    run = subprocess.run([*command, "--device", "cpu", "--steps", "160", *flags(SMALL)],
                          cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     folder = tmp_path / "runs" / "CartPole-v1-0"
@@ -847,7 +850,7 @@ def test_a_run_from_the_command_line_leaves_every_file_and_explained_metrics(tmp
     assert {path.name for path in folder.iterdir()} == files
     assert "Traceback" not in run.stderr and "Warning" not in run.stderr
     assert "100%" in run.stderr  # the progress bar counted all that was to be done
-    assert json.loads((folder / "config.json").read_text())["steps"] == 200
+    assert json.loads((folder / "config.json").read_text())["steps"] == 160
     keys = {key for line in lines_of(folder) for key in line}
     assert {k.split("/")[0] for k in keys} == {"env", "wm", "ac", "eval"}
     assert not [key for key in keys if f"`{re.sub('_[0-9]+$', '_k', key)}`" not in README]
@@ -996,19 +999,18 @@ def in_child(*argv, after=None, number=None, limit=None):
 
 
 @ON_POSIX
-def test_twenty_kills_in_a_row_change_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(dreamer.Figure, "savefig", lambda *args, **options: None)  # quicker lines
-    config = SMALL | dict(device="cpu", steps=200, log_every=10, save_every=0.0)
+def test_twenty_kills_in_a_row_change_nothing(tmp_path):
+    config = SMALL | dict(device="cpu", steps=160, log_every=10, save_every=0.0)
     undisturbed = train(Config(**config, runs=str(tmp_path / "undisturbed")))
     argv, folder = flags(config | {"runs": tmp_path}), tmp_path / "CartPole-v1-0"
     chance, steps = np.random.default_rng(0), set()
     for _ in range(20):
-        code, output = in_child(*argv, after=chance.uniform(0.1, 1.5), number=signal.SIGKILL)
+        code, output = in_child(*argv, after=chance.uniform(0.1, 1.2), number=signal.SIGKILL)
         assert code in (-signal.SIGKILL, 0), output
         if (folder / "checkpoint.pt.gz").exists():
             argv = ["--resume", str(folder)]
             steps.add(dreamer.read_checkpoint(folder)["progress"][0])
-    assert in_child(*argv)[0] == 0 and len(steps) > 2
+    assert in_child(*argv)[0] == 0 and len(steps) > 1
     same_run(undisturbed, folder)
 
 
@@ -1016,7 +1018,7 @@ def test_twenty_kills_in_a_row_change_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
 def test_ctrl_c_and_kill_end_at_once_and_change_nothing(number, code, undisturbed, tmp_path):
     folder = tmp_path / "CartPole-v1-0"
-    argv = ["--device", "cpu", "--steps", "200", "--runs", str(tmp_path), *flags(SMALL)]
+    argv = ["--device", "cpu", "--steps", "160", "--runs", str(tmp_path), *flags(SMALL)]
     stopped, output = in_child(*argv, after=1.0, number=number)
     assert stopped == code and f'--resume "{folder}"'[1:] in output
     if number == signal.SIGINT:
@@ -1086,7 +1088,7 @@ def test_a_checkpoint_runs_no_code(tmp_path):
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path, undisturbed):
-    config = Config(**SMALL, steps=200, device="cpu", runs=str(tmp_path))
+    config = Config(**SMALL, steps=160, device="cpu", runs=str(tmp_path))
     folder = tmp_path / "CartPole-v1-0"
     folder.mkdir()
     (folder / "config.json").write_text("{")
@@ -1100,10 +1102,10 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path, undistu
 def test_a_full_disk_ends_in_one_line_and_keeps_the_checkpoint(tmp_path):
     folder = train(Config(**SMALL, steps=70, device="cpu", runs=str(tmp_path)))
     before, size = weights_of(folder), (folder / "checkpoint.pt.gz").stat().st_size
-    code, output = in_child("--resume", str(folder), "--steps", "150", limit=size // 2)
+    code, output = in_child("--resume", str(folder), "--steps", "100", limit=size // 2)
     assert code == 2 and "dreamer.py: error: " in output and "too large" in output.lower()
     assert all(torch.equal(x, weights_of(folder)[name]) for name, x in before.items())
-    assert in_child("--resume", str(folder), "--steps", "150")[0] == 0
+    assert in_child("--resume", str(folder), "--steps", "100")[0] == 0
 
 
 class Faulty(Counting):
