@@ -837,7 +837,7 @@ def main(argv: list[str] | None = None) -> int:
         elif "--resume" in options:
             tyro.cli(go_on, args=argv)
         else:
-            train(tyro.cli(Config, args=argv, description="Other uses: --resume RUN, --eval RUN"))
+            train(tyro.cli(Config, args=argv, description="Train; or --resume RUN; or --eval RUN"))
         return 0
     except (DreamerError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         print("dreamer.py: error:", " ".join(str(error).split()), file=sys.stderr)
