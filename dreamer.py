@@ -188,7 +188,7 @@ class PixelEnv(gym.Wrapper):
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         self.episode, self.age = f"{self.env_id}, episode with seed {seed}", 0
-        self.action_space.seed(None if seed is None else seed + 2**40)  # not the same
+        self.action_space.seed(None if seed is None else seed + 2**40)  # else correlated
         with explain(self.episode):
             _, info = self.env.reset(seed=seed, options=options)
             self.row = dict(
@@ -199,7 +199,7 @@ class PixelEnv(gym.Wrapper):
     def step(self, action):
         total, self.age = 0.0, self.age + 1
         with explain(f"{self.episode}, step {self.age}"):
-            taken = np.clip(action, -1, 1) if self.is_box else action  # samples may exceed
+            taken = np.clip(action, -1, 1) if self.is_box else action  # in bounds
             for _ in range(self.action_repeat):
                 _, reward, terminated, truncated, info = self.env.step(taken)
                 total += float(reward)
@@ -207,7 +207,7 @@ class PixelEnv(gym.Wrapper):
                     break
             if not np.isfinite(total):
                 raise ValueError(f"the reward is {total}")
-            prev_action = np.float32(flatten(self.action_space, action))  # unclipped
+            prev_action = np.float32(flatten(self.action_space, action))  # as chosen
             self.row = dict(
                 obs=self.frame(), prev_action=prev_action, reward=np.float32(total),
                 terminated=terminated, is_first=False, is_last=terminated or truncated)
@@ -315,7 +315,7 @@ class RSSM(nn.Module):
         erases h, z and the action: nothing crosses the border between episodes."""
         keep = (~is_first).float().unsqueeze(-1)  # [B,T,1]
         rows = embed.unbind(1), (prev_action * keep).unbind(1), keep.unbind(1)
-        feat, steps = self.initial(len(embed)), []  # also mid-episode
+        feat, steps = self.initial(len(embed)), []  # even in mid-episode
         for embed_t, prev_action_t, keep_t in zip(*rows, strict=True):
             feat, post = self.obs_step(feat * keep_t, prev_action_t, embed_t)
             steps.append((feat, post))
@@ -386,9 +386,9 @@ class ReplayBuffer:
 # what row t holds. The loss (Eq. 2.6) is the mean over B and T of the weighted sum of
 # - Eq. 2.1 `recon = sum over pixels of (o_t - decoder(h_t, z_t))^2`
 # - Eq. 2.2 `reward = -ln p(r_t | h_t, z_t)`, a cross-entropy with the two-hot reward
-# - Eq. 2.3 `cont = -ln p(c_t | h_t, z_t)`, with `c_t = 1 - terminated_t`: no time limit
+# - Eq. 2.3 `cont = -ln p(c_t | h_t, z_t)`, with `c_t = 1 - terminated_t`, not truncated
 # - Eq. 2.4 `dyn = max(free, KL(sg(q) || p))`: the prior learns to foresee the posterior
-# - Eq. 2.5 `rep = max(free, KL(q || sg(p)))`: the posterior learns to be foreseen
+# - Eq. 2.5 `rep = max(free, KL(q || sg(p)))`: and the posterior, gently, to be foreseen
 
 # %% 2.1 World model loss
 class WorldModel(nn.Module):
@@ -572,7 +572,7 @@ def play(agent: Agent, env: PixelEnv, seed: int, chance: float = 0.0) -> list[di
 # %% 4.3 The training loop
 def updates_due(config: Config, step: int) -> int:
     """After the prefill `pretrain` updates; then train_ratio / (B T) for each step."""
-    past_prefill = min(step, config.steps) - config.prefill  # no update after the last
+    past_prefill = min(step, config.steps) - config.prefill  # none beyond `steps`
     updates = config.train_ratio / (config.batch_size * config.batch_length) * past_prefill
     return config.pretrain + int(updates) if past_prefill >= 0 else 0
 
@@ -591,7 +591,7 @@ def train(config: Config, resume: str | Path | None = None, agent: Agent | None 
     step, episode, updates = (0, 0, 0) if resume is None else load_checkpoint(agent, replay, log)
     next_save = save_checkpoint(agent, replay, log, step, episode, updates)
     print(f'Results: {folder}. If it is stopped: python dreamer.py --resume "{folder}"')
-    total = 3 * updates_due(config, config.steps) - 2 * config.pretrain  # behavior: 2
+    total = 3 * updates_due(config, config.steps) - 2 * config.pretrain  # behavior: 2 each
     with tqdm(total=total, initial=max(updates, 3 * updates - 2 * config.pretrain)) as bar:
         while step < config.steps:
             env.reset(seed=episode_seed(config.seed, episode))
