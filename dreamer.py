@@ -6,7 +6,7 @@
 The sections carry the lesson's numbers; the algorithm is DreamerV3 (arXiv:2301.04104).
 Begin with the loop in 4.3, which shows the whole; then read from the top.
 
-Shapes    B batch   T time   N = B*T starts of imagination   H horizon   A action   E embedding
+Shapes    B batch   T time   N = starts of imagination   H horizon   A action   E embedding
           D = |h|   S groups of K classes, so |z| = S*K   feat = (h, z), F = |feat| = D + S*K
           Real sequences are batch first, [B, T, ...]; imagined ones time first, [H+1, N, ...].
 
@@ -73,18 +73,18 @@ class Config:
     """The options of a run, and of the command line; DreamerError for impossible ones."""
     env: str = "CartPole-v1"  # Gymnasium id; module:Id imports the module first
     seed: int = 0  # seed of weights, actions, batches and episodes
-    steps: int = 6_000  # environment steps of the agent; the last episode is played out
+    steps: int = 5_500  # environment steps of the agent; the last episode is played out
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes cuda where there is one
     threads: int = 1  # of the CPU; more help only large networks on an idle machine
     runs: str = "runs"  # folder for results; a run writes to RUNS/ENV-SEED
     action_repeat: int = 1  # times that the environment repeats an action, rewards summed
     prefill: int = 1_500  # steps before the first update; episodes begun in them: random
-    pretrain: int = 1_000  # updates of the world model alone, before behavior learning
+    pretrain: int = 750  # updates of the world model alone, before behavior learning
     train_ratio: float = 64.0  # replayed steps for each step after the prefill
     batch_size: int = 8  # B, sequences in a batch
     batch_length: int = 16  # T, steps in a sequence
     capacity: int = 100_000  # steps kept in the replay buffer, 12 kB each
-    depth: int = 8  # the CNN has 2, 4 and 8 times as many channels
+    depth: int = 8  # the CNN has 2 and 8 times as many channels
     hidden: int = 128  # D, size of the recurrent state h
     groups: int = 16  # S, categorical variables in z
     classes: int = 8  # K, classes of each of them
@@ -93,13 +93,14 @@ class Config:
     free_nats: float = 0.1  # KL of a step, in nats, below which it is not penalised
     scale_dyn: float = 1.0  # weight of the KL that pulls the prior to the posterior
     scale_rep: float = 0.1  # weight of the KL that pulls the posterior to the prior
-    lr: float = 1e-3  # learning rate of world model, actor and critic
+    lr: float = 1.5e-3  # learning rate of world model, actor and critic
     max_grad_norm: float = 10.0  # norm that the gradient of each part is clipped to
+    starts: int = 64  # N, random states of a batch to dream from; all teach little more
     horizon: int = 15  # H, imagined steps
     gamma: float = 0.99  # discount of a step
     lam: float = 0.95  # lambda of the lambda-return
     entropy: float = 3e-3  # eta, weight of the actor's entropy
-    slow_rate: float = 0.02  # share of the critic that the slow critic takes over
+    slow_rate: float = 0.1  # share of the critic that the slow critic takes over
     return_rate: float = 0.01  # share of new returns in the running range of returns
     log_every: int = 500  # steps between lines of metrics.jsonl
     eval_every: int = 2_500  # steps between evaluations
@@ -147,10 +148,8 @@ def twohot_decode(logits: Tensor, bins: Tensor) -> Tensor:
 
 def init_weights(module: nn.Module) -> None:
     """For `apply`: weights of variance 1 / fan-in, three times PyTorch's; zero biases."""
-    if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+    if isinstance(module, nn.Linear | nn.Conv2d):
         fan_in = module.weight.numel() / len(module.bias)
-        if isinstance(module, nn.ConvTranspose2d):
-            fan_in /= np.prod(module.stride)  # an output sees a part of the kernel
         std = 1.1368 / fan_in**0.5  # 1.1368 makes up for the tails cut at two sigma
         nn.init.trunc_normal_(module.weight, 0.0, std, -2 * std, 2 * std)
         nn.init.zeros_(module.bias)
@@ -226,25 +225,24 @@ class ChannelNorm(nn.LayerNorm):
 class Encoder(nn.Sequential):
     """Frames uint8 [..., 64, 64, 3] -> embeddings [..., E], E = 128 * depth."""
     def __init__(self, depth: int):
-        a, b, c = 2 * depth, 4 * depth, 8 * depth
+        a, b = 2 * depth, 8 * depth
         super().__init__(
-            nn.Conv2d(3, a, 8, stride=4, padding=2), ChannelNorm(a), nn.SiLU(),  # to 16
-            nn.Conv2d(a, b, 4, stride=2, padding=1), ChannelNorm(b), nn.SiLU(),  # to 8
-            nn.Conv2d(b, c, 4, stride=2, padding=1), ChannelNorm(c), nn.SiLU(), nn.Flatten())  # 4
+            nn.Conv2d(3, a, 8, stride=4, padding=2), ChannelNorm(a), nn.SiLU(),  # to 16x16
+            nn.Conv2d(a, b, 4, stride=4), ChannelNorm(b), nn.SiLU(), nn.Flatten())  # to 4x4
 
     def forward(self, obs: Tensor) -> Tensor:
         x = obs.reshape(-1, 64, 64, 3).permute(0, 3, 1, 2) / 255 - 0.5
         return super().forward(x).unflatten(0, obs.shape[:-3])
 
 class Decoder(nn.Sequential):
-    """Features [..., F] -> mean frames [..., 64, 64, 3] in [0, 1]."""
+    """Features [..., F] -> mean frames [..., 64, 64, 3] in [0, 1]. A 1x1 convolution whose
+    channels become 4x4 pixels: a transposed convolution with stride 4, in a third of the time."""
     def __init__(self, feat_size: int, depth: int):
-        a, b, c = 2 * depth, 4 * depth, 8 * depth
+        a, b = 2 * depth, 8 * depth
         super().__init__(
-            nn.Linear(feat_size, c * 4 * 4), nn.Unflatten(1, (c, 4, 4)), ChannelNorm(c), nn.SiLU(),
-            nn.ConvTranspose2d(c, b, 4, stride=2, padding=1), ChannelNorm(b), nn.SiLU(),  # to 8
-            nn.ConvTranspose2d(b, a, 4, stride=2, padding=1), ChannelNorm(a), nn.SiLU(),  # to 16
-            nn.ConvTranspose2d(a, 3, 4, stride=4), nn.Sigmoid())  # to 64
+            nn.Linear(feat_size, b * 4 * 4), nn.Unflatten(1, (b, 4, 4)), ChannelNorm(b), nn.SiLU(),
+            nn.Conv2d(b, a * 4 * 4, 1), nn.PixelShuffle(4), ChannelNorm(a), nn.SiLU(),  # to 16x16
+            nn.Conv2d(a, 3 * 4 * 4, 1), nn.PixelShuffle(4), nn.Sigmoid())  # to 64x64
 
     def forward(self, feat: Tensor) -> Tensor:
         x = super().forward(feat.reshape(-1, feat.shape[-1]))
@@ -252,8 +250,8 @@ class Decoder(nn.Sequential):
 
 # %% 1.5 RSSM
 def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p || q) in nats, summed over groups; log-probabilities [..., S, K] -> [...]."""
-    return (p.exp() * (p - q)).sum((-2, -1))
+    """KL(p || q) in nats, summed over groups; probabilities [..., S, K] -> [...]."""
+    return (p * (p.log() - q.log())).sum((-2, -1))
 
 class RSSM(nn.Module):
     """Recurrent state-space model (arXiv:1811.04551) with categorical z (DreamerV2)."""
@@ -281,19 +279,18 @@ class RSSM(nn.Module):
         update = torch.sigmoid(update - 1)  # -1: at first, remember
         return update * candidate + (1 - update) * h
 
-    def log_probs(self, logits: Tensor) -> Tensor:
-        """Logits [.,S*K] -> log-probabilities [.,S,K]: softmax, a share `unimix` of uniform.
+    def probs(self, logits: Tensor) -> Tensor:
+        """Logits [.,S*K] -> probabilities [.,S,K]: softmax, and a share `unimix` of uniform.
         Samples, KL and entropy use these: no class is impossible, and no KL infinite."""
         probs = torch.softmax(logits.unflatten(-1, (self.groups, self.classes)), -1)
-        return torch.log((1 - self.unimix) * probs + self.unimix / self.classes)
+        return (1 - self.unimix) * probs + self.unimix / self.classes
 
     def prior(self, h: Tensor) -> Tensor:
-        """Eq. 1.3: h [.,D] -> log-probabilities [.,S,K] of z."""
-        return self.log_probs(self.prior_net(h))
+        """Eq. 1.3: h [.,D] -> probabilities [.,S,K] of z."""
+        return self.probs(self.prior_net(h))
 
-    def sample(self, log_probs: Tensor) -> Tensor:
+    def sample(self, probs: Tensor) -> Tensor:
         """z [.,S*K], one-hot in each group; the gradient goes straight through."""
-        probs = log_probs.exp()
         # Inverse CDF: count the classes whose cumulated share a random number exceeds
         drawn = (sg(probs).cumsum(-1) < torch.rand_like(probs[..., :1])).sum(-1)
         one_hot = F.one_hot(drawn.clamp(max=self.classes - 1), self.classes)
@@ -307,7 +304,7 @@ class RSSM(nn.Module):
     def obs_step(self, feat: Tensor, prev_action: Tensor, embed: Tensor) -> tuple[Tensor, Tensor]:
         """One step with a frame: the next (h, z), z from the posterior; the posterior."""
         h = self.recur(feat, prev_action)
-        post = self.log_probs(self.post_net(torch.cat([h, embed], -1)))  # Eq. 1.2
+        post = self.probs(self.post_net(torch.cat([h, embed], -1)))  # Eq. 1.2
         return torch.cat([h, self.sample(post)], -1), post
 
     def observe(self, embed: Tensor, prev_action: Tensor, is_first: Tensor) -> tuple:
@@ -414,18 +411,19 @@ class WorldModel(nn.Module):
         error = F.mse_loss(self.decoder(feat), batch["obs"] / 255, reduction="none")
         cont_logit = self.cont_head(feat).squeeze(-1)  # [B,T]
         cont = 1 - batch["terminated"].float()  # [B,T]
+        dyn, rep = kl_divergence(sg(post), prior), kl_divergence(post, sg(prior))
         free = self.config.free_nats  # clamp has no gradient where the KL is below it
         losses = {  # each [B,T]
             "recon": error.sum((-3, -2, -1)),  # Eq. 2.1, over [64,64,3]
             "reward": self.reward_head.loss(self.reward_head.net(feat), batch["reward"]),  # 2.2
             "cont": F.binary_cross_entropy_with_logits(cont_logit, cont, reduction="none"),  # 2.3
-            "dyn": kl_divergence(sg(post), prior).clamp(min=free),  # Eq. 2.4
-            "rep": kl_divergence(post, sg(prior)).clamp(min=free)}  # Eq. 2.5
+            "dyn": dyn.clamp(min=free),  # Eq. 2.4
+            "rep": rep.clamp(min=free)}  # Eq. 2.5
         assert all(loss.shape == cont.shape for loss in losses.values())
         scales = {"dyn": self.config.scale_dyn, "rep": self.config.scale_rep}  # others: 1
         total = sum(scales.get(name, 1) * loss for name, loss in losses.items())  # 2.6
         metrics = {f"wm/{name}": loss.detach().mean() for name, loss in losses.items()}
-        metrics["wm/kl"] = kl_divergence(post, prior).detach().mean()  # before free nats
+        metrics["wm/kl"] = dyn.detach().mean()  # before free nats
         return total.mean(), feat, metrics
 
 # %% 2.2 World model update step
@@ -441,10 +439,11 @@ def gradient_step(agent: Agent, part: str, loss: Tensor) -> Tensor:
     return norm
 
 def update_world_model(agent: Agent, batch: dict[str, Tensor]) -> tuple[Tensor, dict]:
-    """One step on rows [B,T,...] -> the states to dream from, (h, z) [N,F]; metrics."""
+    """One step on rows [B,T,...] -> states to dream from, (h, z) [N,F]; metrics."""
     loss, feat, metrics = agent.world_model.loss(batch)
     metrics["wm/grad_norm"] = gradient_step(agent, "world_model", loss)
-    return sg(feat).flatten(0, 1), metrics
+    feat = sg(feat).flatten(0, 1)  # [B*T,F]
+    return feat[torch.randperm(len(feat))[: agent.config.starts]], metrics
 
 # %% [markdown]
 # # Section 3: Behavior Learning
@@ -510,9 +509,8 @@ def update_behavior(agent: Agent, feat: Tensor) -> dict[str, Tensor]:
     assert objective.shape == cross_entropy.shape == weight.shape
     gradient_step(agent, "actor", actor_loss)
     gradient_step(agent, "critic", critic_loss)
-    with torch.no_grad():
-        for slow, fast in zip(agent.slow_critic.parameters(), critic.parameters(), strict=True):
-            slow.lerp_(fast, config.slow_rate)
+    for slow, fast in zip(agent.slow_critic.parameters(), critic.parameters(), strict=True):
+        slow.lerp_(sg(fast), config.slow_rate)
     return {"ac/actor": actor_loss.detach(), "ac/critic": critic_loss.detach(),
             "ac/entropy": entropy.detach().mean(), "ac/return": returns.mean(),
             "ac/value": value.mean(), "ac/return_scale": scale}
@@ -537,8 +535,8 @@ class Agent(nn.Module):
             self.register_buffer("return_range", torch.zeros(2))  # 5th and 95th percentile
             self.to(config.device)
         self.optimizers = {  # each holds the weights of one part, and moves no others
-            name: torch.optim.Adam(getattr(self, name).parameters(), config.lr, fused=True)
-            for name in ("world_model", "actor", "critic")}
+            name: torch.optim.Adam(part.parameters(), config.lr, betas=(0.9, 0.95), fused=True)
+            for name, part in self.named_children() if name != "slow_critic"}
 
     @torch.no_grad()
     def act(self, obs: np.ndarray, state: tuple | None = None, explore: bool = False) -> tuple:
@@ -591,8 +589,8 @@ def train(config: Config, resume: str | Path | None = None, agent: Agent | None 
     step, episode, updates = (0, 0, 0) if resume is None else load_checkpoint(agent, replay, log)
     next_save = save_checkpoint(agent, replay, log, step, episode, updates)
     print(f'Results: {folder}. If it is stopped: python dreamer.py --resume "{folder}"')
-    total = 3 * updates_due(config, config.steps) - 2 * config.pretrain  # behavior: 2 each
-    with tqdm(total=total, initial=max(updates, 3 * updates - 2 * config.pretrain)) as bar:
+    total = 2 * updates_due(config, config.steps) - config.pretrain  # of either kind
+    with tqdm(total=total, initial=max(updates, 2 * updates - config.pretrain)) as bar:
         while step < config.steps:
             env.reset(seed=episode_seed(config.seed, episode))
             replay.add(env.row)
@@ -613,7 +611,7 @@ def train(config: Config, resume: str | Path | None = None, agent: Agent | None 
                     feat, metrics = update_world_model(agent, batch)
                     if updates >= config.pretrain:
                         metrics |= update_behavior(agent, feat)
-                        bar.update(2)
+                        bar.update()
                     bar.update()
                     updates += 1
                     log.add(metrics)
@@ -737,12 +735,12 @@ def evaluate(agent: Agent, episodes: int = 20, seed: int = 0) -> dict[str, float
 
 # %% 5.2 Dreamed against real
 def dream_metrics(agent: Agent, held_out: list[dict]) -> dict:
-    """Eq. 5.1 to 5.4 on rows of held-out episodes, in dreams from every second row."""
+    """Eq. 5.1 to 5.4 on rows of held-out episodes, in dreams from every fourth row."""
     model, H = agent.world_model, agent.config.horizon
     rows = stack_rows(held_out, agent.config.device)  # [L,...]
-    obs, embed = rows["obs"] / 255, model.encoder(rows["obs"])  # [L,64,64,3], [L,E]
+    obs, embed = rows["obs"], torch.cat([model.encoder(x) for x in rows["obs"].split(128)])  # [L,.]
     feat, *_ = model.rssm.observe(embed[None], rows["prev_action"][None], rows["is_first"][None])
-    start = (~rows["terminated"]).nonzero().flatten()[::2].contiguous()  # [N]
+    start = (~rows["terminated"]).nonzero().flatten()[::4].contiguous()  # [N]
     ends = rows["is_last"].nonzero().flatten()
     end = ends[torch.searchsorted(ends, start)]  # [N]: the last row of the episode
     index = start + torch.arange(max(H, 50) + 1, device=start.device).unsqueeze(1)  # [M+1,N]
@@ -755,10 +753,12 @@ def dream_metrics(agent: Agent, held_out: list[dict]) -> dict:
     dreamed = cont[:-1].cumprod(0) * reward[1:]  # [H,N]
     real = (lasted * rows["reward"][index])[1 : H + 1]  # [H,N]
     metrics = reward_correlation(dreamed, real, known[1 : H + 1], agent.config.gamma)
+    mean = obs.mean(0, dtype=torch.float32) / 255  # [64,64,3]
     for k in (1, 5, 15, 50):
-        guesses = {"": model.decoder(dream[k]), "_repeat": obs[start], "_mean": obs.mean(0)}
+        truth = obs[index[k]] / 255  # [N,64,64,3]
+        guesses = {"": model.decoder(dream[k]), "_repeat": obs[start] / 255, "_mean": mean}
         for name, guess in guesses.items():
-            error = (guess - obs[index[k]]).square().sum((-3, -2, -1))  # [N]
+            error = (guess - truth).square().sum((-3, -2, -1))  # [N]
             metrics[f"pixel_error{name}_{k}"] = error[lasted[k]].mean()  # Eq. 5.3
     return metrics | trajectory_entropy(agent, feat[0, start])
 
@@ -778,7 +778,7 @@ def trajectory_entropy(agent: Agent, feat: Tensor) -> dict:
     feat, _ = imagine(agent.world_model, agent.actor, feat, agent.config.horizon)
     policy = agent.actor(feat[:-1]).entropy()  # [H,N]
     prior = rssm.prior(feat[1:, :, : rssm.hidden])  # [H,N,S,K]
-    latent = torch.special.entr(prior.exp()).sum((-2, -1))  # [H,N]
+    latent = torch.special.entr(prior).sum((-2, -1))  # [H,N]
     return {"policy_entropy": policy.mean(), "latent_entropy": latent.mean(),
             "trajectory_entropy": (policy + latent).sum(0).mean()}
 
