@@ -1272,7 +1272,8 @@ def test_a_perfect_model_has_correlation_one_and_no_error():
     assert metrics["reward_rho"] == pytest.approx(1) and metrics["return_rho"] == pytest.approx(1)
     frames = np.stack([row["obs"] for row in rows[:9]]).reshape(9, -1) / 255
     for k in (1, 5):
-        starts = np.arange(0, 9 - k, 4)  # every fourth row, if there is a frame k steps later
+        starts = np.arange(0, 8 * 12, 7) % 8  # every seventh row that is not terminated
+        starts = starts[starts + k < 9]  # if there is a frame k steps later
         assert metrics[f"pixel_error_{k}"] < 2  # scaling rounds, by up to 1 in 255
         repeat = np.mean(np.sum((frames[starts + k] - frames[starts]) ** 2, 1))
         assert metrics[f"pixel_error_repeat_{k}"] == pytest.approx(repeat, rel=1e-4)
@@ -1298,15 +1299,15 @@ def test_the_dream_takes_the_actions_that_were_recorded(monkeypatch):
     monkeypatch.setattr(dreamer, "imagine", lambda *args: seen.append(args) or imagine(*args))
     dreamer.dream_metrics(Perfect(5), rows)
     start, actions = seen[0][2], seen[0][4]
-    assert start[:2, 0].tolist() == [0, 4]  # every fourth row that is not terminated
-    for n, row in enumerate((0, 4)):
-        for t in range(8 - row):
-            assert actions[t, n].tolist() == rows[row + t + 1]["prev_action"].tolist()
+    assert start[:4, 0].tolist() == [0, 7, 6, 5]  # every seventh row that is not terminated
+    for n, begin in enumerate((0, 7, 9 + 6, 18 + 5)):  # an episode has nine rows
+        for t in range(8 - begin % 9):
+            assert actions[t, n].tolist() == rows[begin + t + 1]["prev_action"].tolist()
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_model_that_sees_no_end_or_shuffled_rewards_has_less_correlation():
-    agent, rows = Perfect(5), counting_rows(episodes=100)
+    agent, rows = Perfect(5), counting_rows(episodes=400)
     agent.LENGTH = 100
     assert dreamer.dream_metrics(agent, rows)["reward_rho"] < 0.5
     order = np.random.default_rng(0).permutation(len(rows))
