@@ -6,7 +6,7 @@
 The sections carry the lesson's numbers; the algorithm is DreamerV3 (arXiv:2301.04104).
 Begin with the loop in 4.3, which shows the whole; then read from the top.
 
-Shapes    B batch   T time   N = starts of imagination   H horizon   A action   E embedding
+Shapes    B batch   T time   N starts of imagination   H horizon   A action   E embedding
           D = |h|   S groups of K classes, so |z| = S*K   feat = (h, z), F = |feat| = D + S*K
           Real sequences are batch first, [B, T, ...]; imagined ones time first, [H+1, N, ...].
 
