@@ -96,7 +96,7 @@ class Config:
     unimix: float = 0.01  # share of the uniform distribution in prior and posterior
     free_nats: float = 0.1  # KL of a step, in nats, below which it is not penalised
     scale_dyn: float = 1.0  # weight of the KL that pulls the prior to the posterior
-    scale_rep: float = 0.03  # weight of the KL that pulls the posterior to the prior
+    scale_rep: float = 0.05  # weight of the KL that pulls the posterior to the prior
     lr: float = 1.5e-3  # learning rate of each part; falls to 0 in the last third
     max_grad_norm: float = 10.0  # norm that the gradient of each part is clipped to
     starts: int = 32  # N, random states of a batch to dream from; all teach little more
@@ -104,7 +104,7 @@ class Config:
     gamma: float = 0.99  # discount of a step
     lam: float = 0.95  # lambda of the lambda-return
     entropy: float = 3e-3  # eta, weight of the actor's entropy
-    slow_rate: float = 0.2  # share of the critic that the slow critic takes over
+    slow_rate: float = 0.1  # share that the slow world model and critic take over
     return_rate: float = 0.01  # share of new returns in the running range of returns
     log_every: int = 500  # steps between lines of metrics.jsonl
     eval_every: int = 2_500  # steps between evaluations
@@ -374,8 +374,8 @@ class ReplayBuffer:
 
     def sample(self, batch_size: int, length: int, device: str = "cpu") -> dict[str, Tensor]:
         """[B, T, ...] windows of consecutive rows, across episodes: is_first marks the border.
-        Each starts at the latest of three random rows: what is new teaches more."""
-        starts = torch.randint(len(self.rows) - length + 1, (3, batch_size)).amax(0).tolist()
+        Each starts at the later of two random rows: what is new teaches more."""
+        starts = torch.randint(len(self.rows) - length + 1, (2, batch_size)).amax(0).tolist()
         rows = [row for start in starts for row in self.rows[start : start + length]]
         columns = stack_rows(rows, device)
         return {name: x.unflatten(0, (batch_size, length)) for name, x in columns.items()}
@@ -396,12 +396,11 @@ class WorldModel(nn.Module):
     def __init__(self, action_size: int, config: Config):
         super().__init__()
         self.config = config
-        self.feat_size = config.hidden + config.groups * config.classes
         self.encoder = Encoder(config.depth).apply(init_weights)
         self.rssm = RSSM(128 * config.depth, action_size, config)
-        self.decoder = Decoder(self.feat_size, config.depth).apply(init_weights)
-        self.reward_head = TwoHotHead(self.feat_size, config.units, layers=1)
-        self.cont_head = mlp(self.feat_size, config.units, 1, 1)  # the logit of c
+        self.decoder = Decoder(self.rssm.feat_size, config.depth).apply(init_weights)
+        self.reward_head = TwoHotHead(self.rssm.feat_size, config.units, layers=1)
+        self.cont_head = mlp(self.rssm.feat_size, config.units, 1, 1)  # the logit of c
 
     def predict(self, feat: Tensor) -> tuple[Tensor, ...]:
         """Features [..., F] -> reward [...], probability [...] that it goes on."""
@@ -439,18 +438,24 @@ def gradient_step(agent: Agent, part: str, loss: Tensor) -> Tensor:
     agent.optimizers[part].step()
     return norm
 
+def follow(slow: nn.Module, fast: nn.Module, rate: float) -> None:
+    """Move the weights of `slow`, a trailing average, by a share `rate` to those of `fast`."""
+    for average, weight in zip(slow.parameters(), fast.parameters(), strict=True):
+        average.lerp_(sg(weight), rate)
+
 def update_world_model(agent: Agent, batch: dict[str, Tensor]) -> tuple[Tensor, dict]:
     """One step on rows [B,T,...] -> states to dream from, (h, z) [N,F]; metrics."""
     loss, feat, metrics = agent.world_model.loss(batch)
     metrics["wm/grad_norm"] = gradient_step(agent, "world_model", loss)
+    follow(agent.slow_model, agent.world_model, agent.config.slow_rate)
     feat = sg(feat).flatten(0, 1)  # [B*T,F]
     return feat[torch.randperm(len(feat))[: agent.config.starts]], metrics
 
 # %% [markdown]
 # # Section 3: Behavior Learning
-# From every state of the batch the actor dreams H steps ahead, without an environment. The
-# critic learns what return v_t to expect; an action that beats it becomes likelier (REINFORCE).
-# The slow critic, a trailing average, is a second target that keeps the critic from jumping.
+# From states of the batch the actor dreams H steps ahead, in the slow world model: an average
+# over the last updates, which dreams better. The critic learns what return v_t to expect; an
+# action that beats it becomes likelier (REINFORCE). The slow critic keeps the critic steady.
 # - Eq. 3.1 `a_t ~ pi(. | h_t, z_t)`, `h_{t+1} = f(h_t, z_t, a_t)`, `z_{t+1} ~ p(. | h_{t+1})`
 # - Eq. 3.2 `R_t = r_{t+1} + gamma c_{t+1} ((1 - lam) v_{t+1} + lam R_{t+1})`, `R_H = v_H`
 # - Eq. 3.3 `w_t = c_0 (gamma c_1) ... (gamma c_t)`: the dream counts while it is alive
@@ -489,7 +494,7 @@ def return_scale(return_range: Tensor, returns: Tensor, rate: float) -> Tensor:
 # %% 3.4 Actor and critic losses, behavior update step
 def update_behavior(agent: Agent, feat: Tensor) -> dict[str, Tensor]:
     """Dream from states (h, z) [N,F]; then a step of the actor, and one of the critic."""
-    config, model, actor, critic = agent.config, agent.world_model, agent.actor, agent.critic
+    config, model, actor, critic = agent.config, agent.slow_model, agent.actor, agent.critic
     with torch.no_grad():  # REINFORCE needs the gradient of ln pi alone: see below
         feat, action = imagine(model, actor, feat, config.horizon)  # [H+1,N,F], [H,N,A]
         reward, cont = model.predict(feat)  # each [H+1,N]
@@ -509,43 +514,42 @@ def update_behavior(agent: Agent, feat: Tensor) -> dict[str, Tensor]:
     critic_loss = (sg(weight) * cross_entropy).mean()  # [] Eq. 3.6
     gradient_step(agent, "actor", actor_loss)
     gradient_step(agent, "critic", critic_loss)
-    for slow, fast in zip(agent.slow_critic.parameters(), critic.parameters(), strict=True):
-        slow.lerp_(sg(fast), config.slow_rate)
+    follow(agent.slow_critic, critic, config.slow_rate)
     return {"ac/actor": actor_loss.detach(), "ac/critic": critic_loss.detach(),
             "ac/entropy": entropy.detach().mean(), "ac/return": returns.mean(),
             "ac/value": value.mean(), "ac/return_scale": scale}
 
 # %% [markdown]
 # # Section 4: Training Loop
-# First random actions, and updates of the world model alone. Then, in turn: act, update
-# the world model on real rows, update the behavior in a dream.
+# In turn: act, update the world model on real rows, update the behavior in a dream.
 
 # %% 4.1 The agent, and acting
 class Agent(nn.Module):
-    """All that learns: world model, actor, critic, its slow copy, range of returns."""
+    """All that learns: world model, actor, critic, slow copies of two, range of returns."""
     def __init__(self, action_space: gym.Space, config: Config):
         super().__init__()
         torch.set_num_threads(config.threads)
         self.config, self.action_space = config, action_space
         with explain(f"networks on --device {config.device}"):
             self.world_model = WorldModel(flatdim(action_space), config)
-            self.actor = Actor(self.world_model.feat_size, action_space, config.units)
-            self.critic = Critic(self.world_model.feat_size, config.units, layers=2)
+            self.actor = Actor(self.world_model.rssm.feat_size, action_space, config.units)
+            self.critic = Critic(self.world_model.rssm.feat_size, config.units, layers=2)
+            self.slow_model = copy.deepcopy(self.world_model).requires_grad_(False)
             self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
             self.register_buffer("return_range", torch.zeros(2))  # 5th and 95th percentile
             self.to(config.device)
         self.optimizers = {  # each holds the weights of one part, and moves no others
             name: torch.optim.Adam(part.parameters(), config.lr, betas=(0.9, 0.95), fused=True)
-            for name, part in self.named_children() if name != "slow_critic"}
+            for name, part in self.named_children() if not name.startswith("slow")}
 
     @torch.no_grad()
     def act(self, obs: np.ndarray, state: tuple | None = None, explore: bool = False) -> tuple:
         """Frame uint8 [64,64,3], state of the last call (None: first frame) -> the most likely
         action for `PixelEnv.step`, or a sample; state: (h, z) [1,F] and action [1,A]."""
-        rssm, obs = self.world_model.rssm, torch.as_tensor(obs, device=self.config.device)
+        rssm, obs = self.slow_model.rssm, torch.as_tensor(obs, device=self.config.device)
         if state is None:
             state = rssm.initial(1), torch.zeros(1, flatdim(self.action_space), device=obs.device)
-        feat, _ = rssm.obs_step(*state, self.world_model.encoder(obs[None]))  # [1,F]
+        feat, _ = rssm.obs_step(*state, self.slow_model.encoder(obs[None]))  # [1,F]
         policy = self.actor(feat)
         action = policy.sample() if explore else policy.mode  # [1,A]
         return unflatten(self.action_space, action[0].cpu().numpy()), (feat, action)
@@ -585,7 +589,7 @@ def train(config: Config, resume: str | Path | None = None, agent: Agent | None 
     torch.manual_seed(config.seed)
     env = PixelEnv(config.env, config.action_repeat)
     agent = agent or Agent(env.action_space, config)
-    replay, log = ReplayBuffer(config.capacity), Log(folder, config.free_nats)
+    replay, log = ReplayBuffer(config.capacity), Log(folder)
     step, episode, updates = (0, 0, 0) if resume is None else load_checkpoint(agent, replay, log)
     next_save = save_checkpoint(agent, replay, log, step, episode, updates)
     print(f'Results: {folder}. If it is stopped: python dreamer.py --resume "{folder}"')
@@ -631,8 +635,8 @@ def train(config: Config, resume: str | Path | None = None, agent: Agent | None 
 # %% 4.4 Log, curves, checkpoint
 class Log:
     """The lines of metrics.jsonl: each holds the means since the line before."""
-    def __init__(self, folder: Path, free_nats: float = 0.0):
-        self.folder, self.free_nats, self.start = folder, free_nats, time.monotonic()
+    def __init__(self, folder: Path):
+        self.folder, self.start = folder, time.monotonic()
         self.lines, self.values = [], {}
 
     def add(self, metrics: dict) -> None:
@@ -655,7 +659,6 @@ class Log:
             points = [(line["env/step"], line[key]) for line in self.lines if key in line]
             axes.plot(*np.reshape(points, (-1, 2)).T, ".-")
             axes.set(title=key, xlabel="steps", yscale="log" if key == "wm/recon" else "linear")
-        figure.axes[keys.index("wm/kl")].axhline(self.free_nats, linestyle="--")
         figure.savefig(self.folder / "curves.png", dpi=100)
 
 def save_checkpoint(agent: Agent, replay: ReplayBuffer, log: Log, *progress: int) -> float:
@@ -704,9 +707,8 @@ def load_agent(path: str | Path, device: str = "auto") -> Agent:
 
 # %% [markdown]
 # # Section 5: Self-Evaluation Metrics
-# Does the dream match the world, in episodes never trained on? From states that saw real
-# frames the prior dreams M steps on, under the actions that were taken. A hat marks what
-# was dreamed; alive_k is 1 until the real episode has terminated, then 0.
+# From states of unseen episodes the prior dreams M steps on, under the actions that were taken.
+# A hat marks what was dreamed; alive_k is 1 until the real episode has terminated, then 0.
 # - Eq. 5.1 `reward_rho = corr(hat c_1 ... hat c_{k-1} hat r_k, alive_{k-1} r_k)`, k <= H
 # - Eq. 5.2 `return_rho`: the same, of sums over k <= H discounted by `gamma^{k-1}`
 # - Eq. 5.3 `pixel_error_k`: Eq. 2.1 after k steps; and of two guesses: last, mean frame
@@ -736,7 +738,7 @@ def evaluate(agent: Agent, episodes: int = 20, seed: int = 0) -> dict[str, float
 # %% 5.2 Dreamed against real
 def dream_metrics(agent: Agent, held_out: list[dict]) -> dict:
     """Eq. 5.1 to 5.4 on rows of held-out episodes, in dreams from every seventh row."""
-    model, H = agent.world_model, agent.config.horizon
+    model, H = agent.slow_model, agent.config.horizon
     rows = stack_rows(held_out, agent.config.device)  # [L,...]
     obs, embed = rows["obs"], torch.cat([model.encoder(x) for x in rows["obs"].split(128)])  # [L,.]
     feat, *_ = model.rssm.observe(embed[None], rows["prev_action"][None], rows["is_first"][None])
@@ -774,10 +776,9 @@ def reward_correlation(dreamed: Tensor, real: Tensor, known: Tensor, gamma: floa
 
 def trajectory_entropy(agent: Agent, feat: Tensor) -> dict:
     """Eq. 5.4, in nats, in the agent's own dreams from states (h, z) [N,F]."""
-    rssm = agent.world_model.rssm
-    feat, _ = imagine(agent.world_model, agent.actor, feat, agent.config.horizon)
+    feat, _ = imagine(agent.slow_model, agent.actor, feat, agent.config.horizon)
     policy = agent.actor(feat[:-1]).entropy()  # [H,N]
-    prior = rssm.prior(feat[1:, :, : rssm.hidden])  # [H,N,S,K]
+    prior = agent.slow_model.rssm.prior(feat[1:, :, : agent.config.hidden])  # [H,N,S,K]
     latent = torch.special.entr(prior).sum((-2, -1))  # [H,N]
     return {"policy_entropy": policy.mean(), "latent_entropy": latent.mean(),
             "trajectory_entropy": (policy + latent).sum(0).mean()}
@@ -789,8 +790,7 @@ class DreamEnv(gym.Env):
     metadata, render_mode = {"render_modes": ["rgb_array"], "render_fps": 30}, "rgb_array"
 
     def __init__(self, agent: Agent):
-        self.agent = agent
-        self.real = PixelEnv(agent.config.env, agent.config.action_repeat)
+        self.agent, self.real = agent, PixelEnv(agent.config.env, agent.config.action_repeat)
         self.action_space = self.real.action_space
         self.observation_space = self.real.observation_space
 
@@ -807,14 +807,14 @@ class DreamEnv(gym.Env):
         action = torch.as_tensor(flatten(self.action_space, action)).to(self.feat)[None]
         with torch.random.fork_rng([] if self.agent.config.device == "cpu" else None):
             torch.manual_seed(int(self.np_random.integers(2**31)))
-            self.feat = self.agent.world_model.rssm.img_step(self.feat, action)
-        reward, cont = self.agent.world_model.predict(self.feat)
+            self.feat = self.agent.slow_model.rssm.img_step(self.feat, action)
+        reward, cont = self.agent.slow_model.predict(self.feat)
         terminated = self.np_random.random() > cont.item()
         return self.render(), reward.item(), terminated, False, {}
 
     @torch.no_grad()
     def render(self) -> np.ndarray:
-        return (255 * self.agent.world_model.decoder(self.feat)[0]).byte().cpu().numpy()
+        return (255 * self.agent.slow_model.decoder(self.feat)[0]).byte().cpu().numpy()
 
 # %% Command line
 def measure(eval: Path, episodes: int = 20, seed: int = 0, device: str = "auto") -> None:
