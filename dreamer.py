@@ -107,7 +107,7 @@ class Config:
     slow_rate: float = 0.1  # share that the slow world model and critic take over
     return_rate: float = 0.01  # share of new returns in the running range of returns
     log_every: int = 500  # steps between lines of metrics.jsonl
-    eval_every: int = 2_500  # steps between evaluations
+    eval_every: int = 2_000  # steps between evaluations
     eval_episodes: int = 5  # episodes of an evaluation during training
     held_out: int = 1_000  # rows of unseen episodes for the other metrics of Section 5
     save_every: float = 60.0  # seconds between checkpoints, at least
