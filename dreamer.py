@@ -420,11 +420,11 @@ class WorldModel(nn.Module):
             "cont": F.binary_cross_entropy_with_logits(cont_logit, cont, reduction="none"),  # 2.3
             "dyn": dyn.clamp(min=self.config.free_nats),  # Eq. 2.4; below: no gradient
             "rep": rep.clamp(min=self.config.free_nats)}  # Eq. 2.5
+        assert all(loss.shape == cont.shape for loss in losses.values())
         scales = {"dyn": self.config.scale_dyn, "rep": self.config.scale_rep}  # others: 1
         total = sum(scales.get(name, 1) * loss for name, loss in losses.items())  # 2.6
-        metrics = {f"wm/{name}": loss.detach().mean() for name, loss in losses.items()}
-        metrics["wm/kl"] = dyn.detach().mean()  # before free nats
-        return total.mean(), feat, metrics
+        shown = losses | {"kl": dyn}  # before free nats
+        return total.mean(), feat, {f"wm/{name}": x.detach().mean() for name, x in shown.items()}
 
 # %% 2.2 World model update step
 def gradient_step(agent: Agent, part: str, loss: Tensor) -> Tensor:
@@ -439,7 +439,7 @@ def gradient_step(agent: Agent, part: str, loss: Tensor) -> Tensor:
     return norm
 
 def follow(slow: nn.Module, fast: nn.Module, rate: float) -> None:
-    """Move the weights of `slow`, a trailing average, by a share `rate` to those of `fast`."""
+    """Move the weights of `slow`, a trailing average, a share `rate` towards those of `fast`."""
     for average, weight in zip(slow.parameters(), fast.parameters(), strict=True):
         average.lerp_(sg(weight), rate)
 
@@ -512,6 +512,7 @@ def update_behavior(agent: Agent, feat: Tensor) -> dict[str, Tensor]:
     slow_value = agent.slow_critic(feat)  # [H,N]
     cross_entropy = critic.loss(logits, sg(returns)) + critic.loss(logits, sg(slow_value))
     critic_loss = (sg(weight) * cross_entropy).mean()  # [] Eq. 3.6
+    assert objective.shape == cross_entropy.shape == weight.shape
     gradient_step(agent, "actor", actor_loss)
     gradient_step(agent, "critic", critic_loss)
     follow(agent.slow_critic, critic, config.slow_rate)
@@ -769,10 +770,9 @@ def reward_correlation(dreamed: Tensor, real: Tensor, known: Tensor, gamma: floa
     def rho(x, y):
         varies = len(x) > 1 and x.min() < x.max() and y.min() < y.max()
         return torch.corrcoef(torch.stack([x, y]).double())[0, 1] if varies else np.nan
-    whole = known[-1]  # [N]
     discount = gamma ** torch.arange(len(real), device=real.device)  # [H]
     return {"reward_rho": rho(dreamed[known], real[known]),
-            "return_rho": rho(discount @ dreamed[:, whole], discount @ real[:, whole])}
+            "return_rho": rho(discount @ dreamed[:, known[-1]], discount @ real[:, known[-1]])}
 
 def trajectory_entropy(agent: Agent, feat: Tensor) -> dict:
     """Eq. 5.4, in nats, in the agent's own dreams from states (h, z) [N,F]."""

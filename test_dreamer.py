@@ -1253,7 +1253,6 @@ class Perfect:
         self.config = Config(horizon=horizon, gamma=0.9, device="cpu")
         self.actor = lambda feat: OneHotCategorical(logits=torch.zeros(*feat.shape[:-1], 3))
         self.slow_model = self.rssm = self
-        self.hidden = 1
         self.encoder = lambda obs: (obs[..., 0, 0, :1] / 10).round()  # scaling rounds, too
         self.decoder = lambda feat: (feat[..., :1, None, None] * 10 / 255).expand(
             *feat.shape[:-1], 64, 64, 3)
