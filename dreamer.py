@@ -35,7 +35,6 @@ import ctypes
 import gzip
 import json
 import os
-import re
 import sys
 import time
 from contextlib import contextmanager
@@ -52,11 +51,11 @@ from gymnasium.spaces import Box, Discrete, flatdim, flatten, unflatten
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
-from torch.distributions import Distribution, Independent, Normal, OneHotCategorical
+from torch import distributions as td
 from tqdm import tqdm
 
-# SDL draws many environments: it shall need no screen, and leave the signals to Python
-os.environ |= {"SDL_VIDEODRIVER": "dummy", "SDL_NO_SIGNAL_HANDLERS": "1"}
+td.Distribution.set_default_validate_args(False)  # checks cost time
+os.environ |= {"SDL_VIDEODRIVER": "dummy", "SDL_NO_SIGNAL_HANDLERS": "1"}  # it draws unseen
 if sys.platform == "linux":  # keep an update's memory for the next: fresh pages cost a tenth more
     ctypes.CDLL(None).mallopt(-3, 2**25)  # glibc's M_MMAP_THRESHOLD
     ctypes.CDLL(None).mallopt(-1, 2**30)  # and M_TRIM_THRESHOLD
@@ -74,15 +73,16 @@ def explain(where: str):
 
 @dataclass
 class Config:
-    """The options of a run, and of the command line; DreamerError for impossible ones."""
+    """The options of a run: train; or --resume RUN; or --eval RUN."""
     env: str = "CartPole-v1"  # Gymnasium id; module:Id imports the module first
+    preset: Literal["v1", "v2", "v3"] = "v3"  # whose choices are the defaults: see SETTINGS
     seed: int = 0  # seed of weights, actions, batches and episodes
     steps: int = 5_000  # environment steps of the agent; the last episode is played out
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes cuda where there is one
     threads: int = 1  # of the CPU; more help only large networks on an idle machine
     runs: str = "runs"  # folder for results; a run writes to RUNS/ENV-SEED
     action_repeat: int = 1  # times that the environment repeats an action, rewards summed
-    prefill: int = 1_500  # steps before the first update; episodes begun in them: random
+    prefill: int = 1_500  # steps before the first update: an untrained actor is random
     pretrain: int = 750  # updates of the world model alone, before behavior learning
     train_ratio: float = 64.0  # replayed steps for each step after the prefill
     batch_size: int = 8  # B, sequences in a batch
@@ -97,15 +97,18 @@ class Config:
     free_nats: float = 0.1  # KL of a step, in nats, below which it is not penalised
     scale_dyn: float = 1.0  # weight of the KL that pulls the prior to the posterior
     scale_rep: float = 0.05  # weight of the KL that pulls the posterior to the prior
+    latent: Literal["categorical", "gaussian"] = "categorical"  # what z is drawn from
     lr: float = 1.5e-3  # learning rate of each part; falls to 0 in the last third
     max_grad_norm: float = 10.0  # norm that the gradient of each part is clipped to
     starts: int = 32  # N, random states of a batch to dream from; all teach little more
     horizon: int = 15  # H, imagined steps
     gamma: float = 0.99  # discount of a step
     lam: float = 0.95  # lambda of the lambda-return
+    actor_grad: Literal["reinforce", "dynamics"] = "reinforce"  # what teaches the actor
     entropy: float = 3e-3  # eta, weight of the actor's entropy
-    slow_rate: float = 0.1  # share that the slow world model and critic take over
-    return_rate: float = 0.01  # share of new returns in the running range of returns
+    model_rate: float = 0.1  # share that the slow world model takes over; 1: no slow one
+    critic_rate: float = 0.1  # share that the slow critic takes over; 1: no slow one
+    return_rate: float = 0.01  # share of new returns in their running range; 0: not divided by it
     log_every: int = 500  # steps between lines of metrics.jsonl
     eval_every: int = 2_000  # steps between evaluations
     eval_episodes: int = 5  # episodes of an evaluation during training
@@ -115,14 +118,27 @@ class Config:
     def __post_init__(self):
         for name, value in asdict(self).items():
             low = int(isinstance(getattr(Config, name), int) and name not in ("seed", "pretrain"))
-            high = 1 if name in ("unimix", "gamma", "lam", "slow_rate", "return_rate") else 1e9
+            high = 1 if name in ("unimix", "gamma", "lam") or name.endswith("_rate") else 1e9
             if not isinstance(value, str) and not low <= value <= high:  # nan, too
                 raise DreamerError(f"{name} must lie between {low} and {high:.0f}, not {value}")
         if self.batch_length > min(self.prefill, self.capacity):
             raise DreamerError("batch_length must not exceed prefill and capacity")
         if self.steps <= self.prefill:
             raise DreamerError(f"steps ({self.steps}) must exceed prefill ({self.prefill})")
-        self.device = self.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+
+SETTINGS = {  # what a task, and then a preset, sets in place of the defaults
+    "Pendulum-v1": dict(action_repeat=2, steps=10_000),
+    "Acrobot-v1": dict(action_repeat=2, steps=10_000),
+    "LunarLander-v3": dict(action_repeat=2, steps=30_000),
+    "shimmy:dm_control/cartpole-swingup-v0": dict(action_repeat=8, steps=20_000),
+    "v1": dict(latent="gaussian", groups=30, hidden=200, actor_grad="dynamics",
+               free_nats=3.0, scale_rep=1.0, model_rate=1.0, critic_rate=1.0, return_rate=0.0),
+    "v2": dict(unimix=0.0, free_nats=0.0, scale_dyn=0.8, scale_rep=0.2,
+               model_rate=1.0, critic_rate=0.01, return_rate=0.0), "v3": {}}
+
+def settings(env: str = Config.env, preset: Literal["v1", "v2", "v3"] = "v3") -> Config:
+    """The defaults for a task, in the manner of a paper."""
+    return Config(**dict(env=env, preset=preset) | SETTINGS.get(env, {}) | SETTINGS[preset])
 
 # %% 1.2 Small tools
 def sg(x: Tensor) -> Tensor:
@@ -177,14 +193,15 @@ class PixelEnv(gym.Wrapper):
         self.env_id, self.action_repeat = env_id, action_repeat
         with explain(f"--env {env_id}"):
             super().__init__(gym.make(env_id, render_mode="rgb_array", disable_env_checker=True))
+            getattr(self.unwrapped, "render_kwargs", {}).setdefault("camera_id", 0)  # DeepMind's
             if self.env.spec.max_episode_steps is None:  # evaluations have to end
                 self.env = gym.wrappers.TimeLimit(self.env, 1_000)
             self.is_box = isinstance(self.action_space, Box) and self.action_space.is_bounded()
+            if not self.is_box and not isinstance(self.action_space, Discrete):
+                raise ValueError("its actions are neither Discrete nor a bounded Box")
             if self.is_box:
                 one = self.action_space.dtype.type(1)
                 self.env = gym.wrappers.RescaleAction(self.env, -one, one)
-            elif not isinstance(self.action_space, Discrete):
-                raise ValueError("its actions are neither Discrete nor a bounded Box")
         self.observation_space = Box(0, 255, (64, 64, 3), np.uint8)
         self.reset(seed=0)  # some environments find out only here that they cannot render
 
@@ -193,10 +210,8 @@ class PixelEnv(gym.Wrapper):
         self.action_space.seed(None if seed is None else seed + 2**40)  # else correlated
         with explain(self.episode):
             _, info = self.env.reset(seed=seed, options=options)
-            self.row = dict(
-                obs=self.frame(), prev_action=np.zeros(flatdim(self.action_space), np.float32),
-                reward=np.float32(0), terminated=False, is_first=True, is_last=False)
-            return self.row["obs"], info
+            self.remember(np.zeros(flatdim(self.action_space)), is_first=True)
+        return self.row["obs"], info
 
     def step(self, action):
         total, self.age = 0.0, self.age + 1
@@ -209,15 +224,15 @@ class PixelEnv(gym.Wrapper):
                     break
             if not np.isfinite(total):
                 raise ValueError(f"the reward is {total}")
-            prev_action = np.float32(flatten(self.action_space, action))  # as chosen
-            self.row = dict(
-                obs=self.frame(), prev_action=prev_action, reward=np.float32(total),
-                terminated=terminated, is_first=False, is_last=terminated or truncated)
-            return self.row["obs"], total, terminated, truncated, info
+            self.remember(flatten(self.action_space, action), total, terminated, truncated)
+        return self.row["obs"], total, terminated, truncated, info
 
-    def frame(self) -> np.ndarray:
+    def remember(self, action, reward=0.0, terminated=False, truncated=False, is_first=False):
         frame = Image.fromarray(self.env.render()).convert("RGB")
-        return np.array(frame.resize((64, 64), Image.Resampling.BOX))
+        self.row = dict(
+            obs=np.array(frame.resize((64, 64), Image.Resampling.BOX)),
+            prev_action=np.float32(action), reward=np.float32(reward),  # the action as chosen
+            terminated=terminated, is_first=is_first, is_last=terminated or truncated)
 
 # %% 1.4 CNN encoder and decoder
 class ChannelNorm(nn.LayerNorm):
@@ -238,37 +253,39 @@ class Encoder(nn.Sequential):
         return super().forward(x).unflatten(0, obs.shape[:-3])
 
 class Decoder(nn.Sequential):
-    """Features [..., F] -> mean frames [..., 64, 64, 3] in [0, 1]. A 1x1 convolution whose
-    channels become 4x4 pixels: a transposed convolution with stride 4, in a third of the time."""
+    """Features [..., F] -> mean frames [..., 64, 64, 3] in [0, 1]; channels become 4x4 pixels."""
     def __init__(self, feat_size: int, depth: int):
         a, b = 2 * depth, 8 * depth
         super().__init__(
-            nn.Linear(feat_size, b * 4 * 4), nn.Unflatten(1, (b, 4, 4)), ChannelNorm(b), nn.SiLU(),
-            nn.Conv2d(b, a * 4 * 4, 1), nn.PixelShuffle(4), ChannelNorm(a), nn.SiLU(),  # to 16x16
-            nn.Conv2d(a, 3 * 4 * 4, 1), nn.PixelShuffle(4), nn.Sigmoid())  # to 64x64
+            nn.Linear(feat_size, b * 16), nn.Unflatten(1, (b, 4, 4)), ChannelNorm(b), nn.SiLU(),
+            nn.Conv2d(b, a * 16, 1), nn.PixelShuffle(4), ChannelNorm(a), nn.SiLU(),  # to 16x16
+            nn.Conv2d(a, 3 * 16, 1), nn.PixelShuffle(4), nn.Sigmoid())  # to 64x64
 
     def forward(self, feat: Tensor) -> Tensor:
         x = super().forward(feat.reshape(-1, feat.shape[-1]))
         return x.permute(0, 2, 3, 1).unflatten(0, feat.shape[:-1])
 
 # %% 1.5 RSSM
-def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p || q) in nats, summed over groups; probabilities [..., S, K] -> [...]."""
+def kl_divergence(p: Tensor, q: Tensor, gaussian: bool = False) -> Tensor:
+    """KL(p || q) in nats, over S variables: of classes [..., S, K]; of mean and std [..., S, 2]."""
+    if gaussian:
+        return td.kl_divergence(*(td.Normal(*x.unbind(-1)) for x in (p, q))).sum(-1)
     return (p * (p.log() - q.log())).sum((-2, -1))
 
 class RSSM(nn.Module):
-    """Recurrent state-space model (arXiv:1811.04551) with categorical z (DreamerV2)."""
+    """Recurrent state-space model (arXiv:1811.04551); z of classes (DreamerV2), or gaussian."""
     def __init__(self, embed_size: int, action_size: int, config: Config):
         super().__init__()
-        self.groups, self.classes, self.unimix = config.groups, config.classes, config.unimix
-        D, Z, units = config.hidden, config.groups * config.classes, config.units
+        self.unimix, self.gaussian = config.unimix, config.latent == "gaussian"
+        self.shape = S, K = config.groups, 2 if self.gaussian else config.classes
+        D, Z, units = config.hidden, S if self.gaussian else S * K, config.units
         self.hidden, self.feat_size = D, D + Z
         self.inputs = nn.Sequential(
             nn.Linear(Z + action_size, units), nn.LayerNorm(units), nn.SiLU())
         self.gates = nn.Sequential(nn.Linear(units + D, 3 * D), nn.LayerNorm(3 * D))
         self.apply(init_weights)
-        self.prior_net = mlp(D, units, 1, Z)
-        self.post_net = mlp(D + embed_size, units, 1, Z)
+        self.prior_net = mlp(D, units, 1, S * K)
+        self.post_net = mlp(D + embed_size, units, 1, S * K)
 
     def initial(self, batch: int) -> Tensor:
         return self.gates[0].weight.new_zeros(batch, self.feat_size)
@@ -282,22 +299,25 @@ class RSSM(nn.Module):
         update = torch.sigmoid(update - 1)  # -1: at first, remember
         return update * candidate + (1 - update) * h
 
-    def probs(self, logits: Tensor) -> Tensor:
-        """Logits [.,S*K] -> probabilities [.,S,K]: softmax, and a share `unimix` of uniform.
-        Samples, KL and entropy use these: no class is impossible, and no KL infinite."""
-        probs = torch.softmax(logits.unflatten(-1, (self.groups, self.classes)), -1)
-        return (1 - self.unimix) * probs + self.unimix / self.classes
+    def params(self, outputs: Tensor) -> Tensor:
+        """What a network says [.,S*K] -> parameters [.,S,K]; no class is without probability."""
+        outputs = outputs.unflatten(-1, self.shape)
+        if self.gaussian:
+            return torch.stack([outputs[..., 0], F.softplus(outputs[..., 1]) + 0.1], -1)
+        return (1 - self.unimix) * torch.softmax(outputs, -1) + self.unimix / self.shape[1]
 
     def prior(self, h: Tensor) -> Tensor:
-        """Eq. 1.3: h [.,D] -> probabilities [.,S,K] of z."""
-        return self.probs(self.prior_net(h))
+        """Eq. 1.3: h [.,D] -> parameters [.,S,K] of z."""
+        return self.params(self.prior_net(h))
 
-    def sample(self, probs: Tensor) -> Tensor:
-        """z [.,S*K], one-hot in each group; the gradient goes straight through."""
+    def sample(self, params: Tensor) -> Tensor:
+        """z [.,Z]: gaussian, or one-hot in each group with the gradient straight through."""
+        if self.gaussian:
+            return params[..., 0] + params[..., 1] * torch.randn_like(params[..., 1])
         # Inverse CDF: count the classes whose cumulated share a random number exceeds
-        drawn = (sg(probs).cumsum(-1) < torch.rand_like(probs[..., :1])).sum(-1)
-        one_hot = F.one_hot(drawn.clamp(max=self.classes - 1), self.classes)
-        return (one_hot + (probs - sg(probs))).flatten(-2)  # the bracket is 0
+        drawn = (sg(params).cumsum(-1) < torch.rand_like(params[..., :1])).sum(-1)
+        one_hot = F.one_hot(drawn.clamp(max=self.shape[1] - 1), self.shape[1])
+        return (one_hot + (params - sg(params))).flatten(-2)  # the bracket is 0
 
     def img_step(self, feat: Tensor, action: Tensor) -> Tensor:
         """One step without a frame: the next (h, z), z from the prior."""
@@ -307,7 +327,7 @@ class RSSM(nn.Module):
     def obs_step(self, feat: Tensor, prev_action: Tensor, embed: Tensor) -> tuple[Tensor, Tensor]:
         """One step with a frame: the next (h, z), z from the posterior; the posterior."""
         h = self.recur(feat, prev_action)
-        post = self.probs(self.post_net(torch.cat([h, embed], -1)))  # Eq. 1.2
+        post = self.params(self.post_net(torch.cat([h, embed], -1)))  # Eq. 1.2
         return torch.cat([h, self.sample(post)], -1), post
 
     def observe(self, embed: Tensor, prev_action: Tensor, is_first: Tensor) -> tuple:
@@ -334,9 +354,10 @@ class TwoHotHead(nn.Module):
     def forward(self, feat: Tensor) -> Tensor:
         return twohot_decode(self.net(feat), self.bins)
 
-    def loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Cross-entropy [...] of a target [...] and the logits [..., 255] of `net`."""
-        return -(twohot_encode(target, self.bins) * torch.log_softmax(logits, -1)).sum(-1)
+    def loss(self, feat: Tensor, *targets: Tensor) -> Tensor:
+        """Cross-entropy [...] of the prediction and targets [...], summed over these."""
+        weights = sum(twohot_encode(target, self.bins) for target in targets)  # [..., 255]
+        return -(weights * torch.log_softmax(self.net(feat), -1)).sum(-1)
 
 # %% 1.7 Actor and critic
 class Actor(nn.Module):
@@ -347,12 +368,11 @@ class Actor(nn.Module):
         outputs = flatdim(action_space) * (1 if self.discrete else 2)
         self.net = mlp(feat_size, units, 2, outputs, outscale=0.01)  # nearly uniform
 
-    def forward(self, feat: Tensor) -> Distribution:
+    def forward(self, feat: Tensor) -> td.Distribution:
         if self.discrete:
-            return OneHotCategorical(logits=self.net(feat), validate_args=False)
+            return td.OneHotCategoricalStraightThrough(logits=self.net(feat))
         mean, std = self.net(feat).chunk(2, -1)
-        normal = Normal(torch.tanh(mean), 0.9 * torch.sigmoid(std + 2) + 0.1, validate_args=False)
-        return Independent(normal, 1, validate_args=False)
+        return td.Independent(td.Normal(torch.tanh(mean), 0.9 * torch.sigmoid(std + 2) + 0.1), 1)
 
 class Critic(TwoHotHead):
     """Features [..., F] -> value [...]: the discounted rewards still to be collected."""
@@ -365,25 +385,25 @@ def stack_rows(rows: list[dict], device: str) -> dict[str, Tensor]:
 
 class ReplayBuffer:
     """The last `capacity` rows in the order in which they came, 12 kB each."""
-    def __init__(self, capacity: int):
-        self.capacity, self.rows = capacity, []
+    def __init__(self, capacity: int, device: str = "cpu"):
+        self.capacity, self.device, self.rows = capacity, device, []
 
     def add(self, row: dict) -> None:
         self.rows.append(row)
         del self.rows[: -self.capacity]
 
-    def sample(self, batch_size: int, length: int, device: str = "cpu") -> dict[str, Tensor]:
+    def sample(self, batch_size: int, length: int) -> dict[str, Tensor]:
         """[B, T, ...] windows of consecutive rows, across episodes: is_first marks the border.
         Each starts at the later of two random rows: what is new teaches more."""
         starts = torch.randint(len(self.rows) - length + 1, (2, batch_size)).amax(0).tolist()
         rows = [row for start in starts for row in self.rows[start : start + length]]
-        columns = stack_rows(rows, device)
+        columns = stack_rows(rows, self.device)
         return {name: x.unflatten(0, (batch_size, length)) for name, x in columns.items()}
 
 # %% [markdown]
 # # Section 2: World Model Update
-# Encode a batch of real sequences, run the RSSM over them, and predict from every state (h, z)
-# what row t holds. The loss (Eq. 2.6) is the mean over B and T of the weighted sum of
+# Run the RSSM over a batch of real sequences, and predict from every state (h, z) what row t
+# holds. The loss (Eq. 2.6) is the mean over B and T of the weighted sum of
 # - Eq. 2.1 `recon = sum over pixels of (o_t - decoder(h_t, z_t))^2`
 # - Eq. 2.2 `reward = -ln p(r_t | h_t, z_t)`, a cross-entropy with the two-hot reward
 # - Eq. 2.3 `cont = -ln p(c_t | h_t, z_t)`, with `c_t = 1 - terminated_t`, not truncated
@@ -413,10 +433,11 @@ class WorldModel(nn.Module):
         error = F.mse_loss(self.decoder(feat), batch["obs"] / 255, reduction="none")
         cont_logit = self.cont_head(feat).squeeze(-1)  # [B,T]
         cont = 1 - batch["terminated"].float()  # [B,T]
-        dyn, rep = kl_divergence(sg(post), prior), kl_divergence(post, sg(prior))
+        dyn = kl_divergence(sg(post), prior, self.rssm.gaussian)  # [B,T]
+        rep = kl_divergence(post, sg(prior), self.rssm.gaussian)  # [B,T]
         losses = {  # each [B,T]
             "recon": error.sum((-3, -2, -1)),  # Eq. 2.1, over [64,64,3]
-            "reward": self.reward_head.loss(self.reward_head.net(feat), batch["reward"]),  # 2.2
+            "reward": self.reward_head.loss(feat, batch["reward"]),  # 2.2
             "cont": F.binary_cross_entropy_with_logits(cont_logit, cont, reduction="none"),  # 2.3
             "dyn": dyn.clamp(min=self.config.free_nats),  # Eq. 2.4; below: no gradient
             "rep": rep.clamp(min=self.config.free_nats)}  # Eq. 2.5
@@ -430,12 +451,12 @@ class WorldModel(nn.Module):
 def gradient_step(agent: Agent, part: str, loss: Tensor) -> Tensor:
     """Move the weights of world_model, actor or critic down the gradient of their loss [], and
     return its norm []. DreamerError, before a weight is touched, if it is not finite."""
-    agent.optimizers[part].zero_grad()
+    agent.optimizer.zero_grad()  # from here on the other parts have no gradient
     loss.backward()
-    norm = nn.utils.clip_grad_norm_(getattr(agent, part).parameters(), agent.config.max_grad_norm)
+    norm = nn.utils.clip_grad_norm_(agent.parameters(), agent.config.max_grad_norm)
     if not torch.isfinite(loss + norm):
         raise DreamerError(f"the loss of the {part} is {loss:.3g}, its gradient's norm {norm:.3g}")
-    agent.optimizers[part].step()
+    agent.optimizer.step()
     return norm
 
 def follow(slow: nn.Module, fast: nn.Module, rate: float) -> None:
@@ -447,20 +468,19 @@ def update_world_model(agent: Agent, batch: dict[str, Tensor]) -> tuple[Tensor, 
     """One step on rows [B,T,...] -> states to dream from, (h, z) [N,F]; metrics."""
     loss, feat, metrics = agent.world_model.loss(batch)
     metrics["wm/grad_norm"] = gradient_step(agent, "world_model", loss)
-    follow(agent.slow_model, agent.world_model, agent.config.slow_rate)
+    follow(agent.slow_model, agent.world_model, agent.config.model_rate)
     feat = sg(feat).flatten(0, 1)  # [B*T,F]
     return feat[torch.randperm(len(feat))[: agent.config.starts]], metrics
 
 # %% [markdown]
 # # Section 3: Behavior Learning
-# From states of the batch the actor dreams H steps ahead, in the slow world model: an average
-# over the last updates, which dreams better. The critic learns what return v_t to expect; an
-# action that beats it becomes likelier (REINFORCE). The slow critic keeps the critic steady.
+# From states of the batch the actor dreams H steps; the critic learns what return to expect.
 # - Eq. 3.1 `a_t ~ pi(. | h_t, z_t)`, `h_{t+1} = f(h_t, z_t, a_t)`, `z_{t+1} ~ p(. | h_{t+1})`
 # - Eq. 3.2 `R_t = r_{t+1} + gamma c_{t+1} ((1 - lam) v_{t+1} + lam R_{t+1})`, `R_H = v_H`
 # - Eq. 3.3 `w_t = c_0 (gamma c_1) ... (gamma c_t)`: the dream counts while it is alive
 # - Eq. 3.4 `scale = max(1, running mean of (95th - 5th percentile of R))`
-# - Eq. 3.5 `actor loss = -w_t (sg((R_t - v_t) / scale) ln pi(a_t | h_t, z_t) + eta entropy)`
+# - Eq. 3.5 `actor loss = -w_t (sg((R_t - v_t) / scale) ln pi(a_t | h_t, z_t) + eta entropy)`:
+#   REINFORCE. With `dynamics` (V1) `-w_t (R_t / scale + eta entropy)`, through the dream.
 # - Eq. 3.6 `critic loss = -w_t (ln p(R_t | h_t, z_t) + ln p(slow critic's v_t | h_t, z_t))`
 
 # %% 3.1 Imagination
@@ -470,7 +490,7 @@ def imagine(model: WorldModel, actor: Actor, feat: Tensor, horizon: int,
     actor's, or those `given`. An end stops no dream, but takes its weight (Eq. 3.3)."""
     feats, actions = [feat], []
     for t in range(horizon):
-        actions.append(actor(sg(feats[t])).sample() if given is None else given[t])  # [N,A]
+        actions.append(actor(sg(feats[t])).rsample() if given is None else given[t])  # [N,A]
         feats.append(model.rssm.img_step(feats[t], actions[t]))  # [N,F]
     return torch.stack(feats), torch.stack(actions)
 
@@ -495,34 +515,32 @@ def return_scale(return_range: Tensor, returns: Tensor, rate: float) -> Tensor:
 def update_behavior(agent: Agent, feat: Tensor) -> dict[str, Tensor]:
     """Dream from states (h, z) [N,F]; then a step of the actor, and one of the critic."""
     config, model, actor, critic = agent.config, agent.slow_model, agent.actor, agent.critic
-    with torch.no_grad():  # REINFORCE needs the gradient of ln pi alone: see below
+    dynamics = config.actor_grad == "dynamics"
+    with torch.set_grad_enabled(dynamics):  # REINFORCE needs the gradient of ln pi alone
         feat, action = imagine(model, actor, feat, config.horizon)  # [H+1,N,F], [H,N,A]
         reward, cont = model.predict(feat)  # each [H+1,N]
-    logits = critic.net(sg(feat))  # [H+1,N,255]
-    value = twohot_decode(sg(logits), critic.bins)  # [H+1,N]
-    returns = lambda_return(reward, value, cont, config.gamma, config.lam)  # [H,N] 3.2
+        slow_value = agent.slow_critic(feat)  # [H+1,N], of weights that no loss can move
+        value = slow_value if dynamics else critic(feat)  # [H+1,N]
+    returns = lambda_return(reward, value, cont, config.gamma, config.lam)  # [H,N] Eq. 3.2
     weight = torch.cat([cont[:1], config.gamma * cont[1:-1]]).cumprod(0)  # [H,N] Eq. 3.3
-    scale = return_scale(agent.return_range, returns, config.return_rate)  # [] Eq. 3.4
-    feat, logits, baseline = feat[:-1], logits[:-1], value[:-1]  # state H has no action
-    policy = actor(sg(feat))
+    scale = return_scale(agent.return_range, sg(returns), config.return_rate)  # [] Eq. 3.4
+    policy = actor(sg(feat[:-1]))  # state H has no action
     entropy = policy.entropy()  # [H,N]
-    advantage = (returns - baseline) / scale  # [H,N]
-    objective = sg(advantage) * policy.log_prob(sg(action)) + config.entropy * entropy
+    reinforce = sg((returns - value[:-1]) / scale) * policy.log_prob(sg(action))  # [H,N]
+    objective = (returns / scale if dynamics else reinforce) + config.entropy * entropy  # [H,N]
     actor_loss = -(sg(weight) * objective).mean()  # [] Eq. 3.5
-    slow_value = agent.slow_critic(feat)  # [H,N]
-    cross_entropy = critic.loss(logits, sg(returns)) + critic.loss(logits, sg(slow_value))
-    critic_loss = (sg(weight) * cross_entropy).mean()  # [] Eq. 3.6
-    assert objective.shape == cross_entropy.shape == weight.shape
+    error = critic.loss(sg(feat[:-1]), sg(returns), sg(slow_value[:-1]))  # [H,N]
+    critic_loss = (sg(weight) * error).mean()  # [] Eq. 3.6
+    assert objective.shape == error.shape == weight.shape
     gradient_step(agent, "actor", actor_loss)
     gradient_step(agent, "critic", critic_loss)
-    follow(agent.slow_critic, critic, config.slow_rate)
+    follow(agent.slow_critic, critic, config.critic_rate)
     return {"ac/actor": actor_loss.detach(), "ac/critic": critic_loss.detach(),
-            "ac/entropy": entropy.detach().mean(), "ac/return": returns.mean(),
-            "ac/value": value.mean(), "ac/return_scale": scale}
+            "ac/entropy": entropy.detach().mean(), "ac/return": sg(returns).mean(),
+            "ac/value": sg(value).mean(), "ac/return_scale": scale}
 
 # %% [markdown]
 # # Section 4: Training Loop
-# In turn: act, update the world model on real rows, update the behavior in a dream.
 
 # %% 4.1 The agent, and acting
 class Agent(nn.Module):
@@ -531,6 +549,8 @@ class Agent(nn.Module):
         super().__init__()
         torch.set_num_threads(config.threads)
         self.config, self.action_space = config, action_space
+        if config.device == "auto":
+            config.device = "cuda" if torch.cuda.is_available() else "cpu"
         with explain(f"networks on --device {config.device}"):
             self.world_model = WorldModel(flatdim(action_space), config)
             self.actor = Actor(self.world_model.rssm.feat_size, action_space, config.units)
@@ -539,9 +559,8 @@ class Agent(nn.Module):
             self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
             self.register_buffer("return_range", torch.zeros(2))  # 5th and 95th percentile
             self.to(config.device)
-        self.optimizers = {  # each holds the weights of one part, and moves no others
-            name: torch.optim.Adam(part.parameters(), config.lr, betas=(0.9, 0.95), fused=True)
-            for name, part in self.named_children() if not name.startswith("slow")}
+        self.optimizer = torch.optim.Adam(  # a step moves only what a loss gave a gradient
+            self.parameters(), config.lr, betas=(0.9, 0.95), fused=True)
 
     @torch.no_grad()
     def act(self, obs: np.ndarray, state: tuple | None = None, explore: bool = False) -> tuple:
@@ -551,8 +570,7 @@ class Agent(nn.Module):
         if state is None:
             state = rssm.initial(1), torch.zeros(1, flatdim(self.action_space), device=obs.device)
         feat, _ = rssm.obs_step(*state, self.slow_model.encoder(obs[None]))  # [1,F]
-        policy = self.actor(feat)
-        action = policy.sample() if explore else policy.mode  # [1,A]
+        action = self.actor(feat).sample() if explore else self.actor(feat).mode  # [1,A]
         return unflatten(self.action_space, action[0].cpu().numpy()), (feat, action)
 
 # %% 4.2 Playing an episode
@@ -561,8 +579,7 @@ def episode_seed(seed: int, number: int, evaluation: bool = False) -> int:
     return 2 * (1_000_000 * seed + number) + evaluation
 
 def play(agent: Agent, env: PixelEnv, seed: int, chance: float = 0.0) -> list[dict]:
-    """The rows of an episode with the most likely actions. At every step there is a `chance`
-    that random ones take over: where a policy balances, nothing is to be foreseen."""
+    """The rows of an episode of the most likely actions; with `chance` random ones take over."""
     env.reset(seed=seed)
     rows, state, at_random = [env.row], None, False
     while not env.row["is_last"]:
@@ -581,42 +598,35 @@ def updates_due(config: Config, step: int) -> int:
 
 def train(config: Config, resume: str | Path | None = None, agent: Agent | None = None) -> Path:
     """Train a new agent, or a given one of the same config, or go on with the run in `resume`;
-    returns the run's folder. On a CPU the same config gives the same metrics, no matter how
-    often the run was killed. DreamerError if the run exists already, or cannot go on."""
-    name = re.sub("[^A-Za-z0-9._-]", "-", f"{config.env}-{config.seed}")
-    folder = Path(config.runs) / name if resume is None else Path(resume)
+    returns the run's folder. DreamerError if the run exists already, or cannot go on."""
+    name = config.env.replace(":", "-").replace("/", "-")  # Windows allows neither
+    folder = Path(config.runs) / f"{name}-{config.seed}" if resume is None else Path(resume)
     if resume is None and (folder / "checkpoint.pt.gz").exists():
         raise DreamerError(f"{folder} exists: --resume it, or choose another --seed or --runs")
     torch.manual_seed(config.seed)
     env = PixelEnv(config.env, config.action_repeat)
     agent = agent or Agent(env.action_space, config)
-    replay, log = ReplayBuffer(config.capacity), Log(folder)
+    replay, log = ReplayBuffer(config.capacity, agent.config.device), Log(folder)
     step, episode, updates = (0, 0, 0) if resume is None else load_checkpoint(agent, replay, log)
     next_save = save_checkpoint(agent, replay, log, step, episode, updates)
     print(f'Results: {folder}. If it is stopped: python dreamer.py --resume "{folder}"')
-    total = 2 * updates_due(config, config.steps) - config.pretrain  # of either kind
-    with tqdm(total=total, initial=max(updates, 2 * updates - config.pretrain)) as bar:
+    with tqdm(total=updates_due(config, config.steps), initial=updates, unit="update") as bar:
         while step < config.steps:
             env.reset(seed=episode_seed(config.seed, episode))
             replay.add(env.row)
-            at_random, state, score, begin = step < config.prefill, None, 0.0, step
+            state, score, begin = None, 0.0, step
             while not env.row["is_last"]:
-                if at_random:
-                    action = env.action_space.sample()
-                else:
-                    action, state = agent.act(env.row["obs"], state, explore=True)
+                action, state = agent.act(env.row["obs"], state, explore=True)
                 env.step(action)
                 replay.add(env.row)
                 step, score = step + 1, score + env.row["reward"]
                 while updates < updates_due(config, step):
-                    lr = config.lr * min(1, 3 - 3 * step / config.steps)  # down to 0
-                    for optimizer in agent.optimizers.values():
-                        optimizer.param_groups[0]["lr"] = lr
-                    batch = replay.sample(config.batch_size, config.batch_length, config.device)
+                    decay = min(1, 3 - 3 * step / config.steps)  # down to 0
+                    agent.optimizer.param_groups[0]["lr"] = config.lr * decay
+                    batch = replay.sample(config.batch_size, config.batch_length)
                     feat, metrics = update_world_model(agent, batch)
                     if updates >= config.pretrain:
                         metrics |= update_behavior(agent, feat)
-                        bar.update()
                     bar.update()
                     updates += 1
                     log.add(metrics)
@@ -637,8 +647,7 @@ def train(config: Config, resume: str | Path | None = None, agent: Agent | None 
 class Log:
     """The lines of metrics.jsonl: each holds the means since the line before."""
     def __init__(self, folder: Path):
-        self.folder, self.start = folder, time.monotonic()
-        self.lines, self.values = [], {}
+        self.folder, self.start, self.lines, self.values = folder, time.monotonic(), [], {}
 
     def add(self, metrics: dict) -> None:
         for name, value in metrics.items():  # tensors are read when a line is due
@@ -646,10 +655,8 @@ class Log:
 
     def write(self, step: int, episodes: int, updates: int) -> None:
         """One more line of metrics.jsonl, and curves.png drawn anew."""
-        seconds = time.monotonic() - self.start
         line = {"env/step": step, "env/episodes": episodes, "wm/updates": updates,
-                "time/seconds": seconds, "time/env_steps_per_second": step / seconds,
-                "time/updates_per_second": updates / seconds}
+                "time/seconds": time.monotonic() - self.start}
         line |= {name: float(np.mean([*map(float, x)])) for name, x in self.values.items()}
         self.lines, self.values = [*self.lines, line], {}
         (self.folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, self.lines)) + "\n")
@@ -663,19 +670,17 @@ class Log:
         figure.savefig(self.folder / "curves.png", dpi=100)
 
 def save_checkpoint(agent: Agent, replay: ReplayBuffer, log: Log, *progress: int) -> float:
-    """All that a run is, into checkpoint.pt.gz: written beside, and renamed when whole. Returns
-    when the next one is due by `time.monotonic`: they take at most 5 % of the time."""
+    """All that a run is, into checkpoint.pt.gz, whole or not at all; returns the next's time."""
     start, config, folder = time.monotonic(), asdict(agent.config), log.folder
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     state = {
         "config": config, "agent": agent.state_dict(), "random": torch.get_rng_state(),
-        "optimizers": {name: x.state_dict() for name, x in agent.optimizers.items()},
-        "rows": stack_rows(replay.rows, "cpu"),
+        "optimizer": agent.optimizer.state_dict(), "rows": stack_rows(replay.rows, "cpu"),
         "lines": log.lines, "seconds": start - log.start, "progress": progress}
     with gzip.open(folder / "new.pt.gz", "wb", compresslevel=1) as file:
         torch.save(state, file)  # gzip's checksum will tell whether it is whole
-    (folder / "new.pt.gz").replace(folder / "checkpoint.pt.gz")
+    (folder / "new.pt.gz").replace(folder / "checkpoint.pt.gz")  # they take at most 5 % of the time
     return time.monotonic() + max(agent.config.save_every, 20 * (time.monotonic() - start))
 
 def read_checkpoint(path: str | Path) -> dict:
@@ -690,8 +695,7 @@ def load_checkpoint(agent: Agent, replay: ReplayBuffer, log: Log) -> tuple[int, 
     """Go on from the checkpoint in the log's folder; returns step, episode, updates."""
     state = read_checkpoint(log.folder)
     agent.load_state_dict(state["agent"])
-    for name, optimizer in agent.optimizers.items():
-        optimizer.load_state_dict(state["optimizers"][name])
+    agent.optimizer.load_state_dict(state["optimizer"])
     columns = [x.numpy() for x in state["rows"].values()]
     replay.rows = [dict(zip(state["rows"], row, strict=True)) for row in zip(*columns, strict=True)]
     log.lines, log.start = state["lines"], log.start - state["seconds"]
@@ -776,29 +780,25 @@ def reward_correlation(dreamed: Tensor, real: Tensor, known: Tensor, gamma: floa
 
 def trajectory_entropy(agent: Agent, feat: Tensor) -> dict:
     """Eq. 5.4, in nats, in the agent's own dreams from states (h, z) [N,F]."""
-    feat, _ = imagine(agent.slow_model, agent.actor, feat, agent.config.horizon)
+    feat, _ = imagine(agent.slow_model, agent.actor, feat, agent.config.horizon)  # [H+1,N,F]
     policy = agent.actor(feat[:-1]).entropy()  # [H,N]
     prior = agent.slow_model.rssm.prior(feat[1:, :, : agent.config.hidden])  # [H,N,S,K]
-    latent = torch.special.entr(prior).sum((-2, -1))  # [H,N]
+    gaussian = agent.config.latent == "gaussian"
+    latent = (td.Normal(*prior.unbind(-1)) if gaussian else td.Categorical(prior)).entropy().sum(-1)
     return {"policy_entropy": policy.mean(), "latent_entropy": latent.mean(),
             "trajectory_entropy": (policy + latent).sum(0).mean()}
 
 # %% 5.3 The dream as an environment
-class DreamEnv(gym.Env):
-    """The learned world as a Gymnasium environment. After a real first frame, prior, reward head
-    and continue head (by chance) make a step, the decoder a frame uint8 [64, 64, 3]."""
-    metadata, render_mode = {"render_modes": ["rgb_array"], "render_fps": 30}, "rgb_array"
-
+class DreamEnv(PixelEnv):
+    """The learned world as a Gymnasium environment: after a real first frame, all is dreamed."""
     def __init__(self, agent: Agent):
-        self.agent, self.real = agent, PixelEnv(agent.config.env, agent.config.action_repeat)
-        self.action_space = self.real.action_space
-        self.observation_space = self.real.observation_space
+        self.agent, self.model = agent, agent.slow_model
+        super().__init__(agent.config.env, agent.config.action_repeat)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
-        super().reset(seed=seed)
-        first, info = self.real.reset(seed=seed, options=options)
+        first, info = super().reset(seed=seed, options=options)
         with torch.random.fork_rng([] if self.agent.config.device == "cpu" else None):
-            torch.manual_seed(int(self.np_random.integers(2**31)))
+            torch.manual_seed(int(self.action_space.np_random.integers(2**31)))
             _, (self.feat, _) = self.agent.act(first)
         return self.render(), info
 
@@ -806,15 +806,14 @@ class DreamEnv(gym.Env):
     def step(self, action):
         action = torch.as_tensor(flatten(self.action_space, action)).to(self.feat)[None]
         with torch.random.fork_rng([] if self.agent.config.device == "cpu" else None):
-            torch.manual_seed(int(self.np_random.integers(2**31)))
-            self.feat = self.agent.slow_model.rssm.img_step(self.feat, action)
-        reward, cont = self.agent.slow_model.predict(self.feat)
-        terminated = self.np_random.random() > cont.item()
-        return self.render(), reward.item(), terminated, False, {}
+            torch.manual_seed(int(self.action_space.np_random.integers(2**31)))
+            self.feat = self.model.rssm.img_step(self.feat, action)
+            reward, cont = self.model.predict(self.feat)
+            return self.render(), reward.item(), torch.rand(()).item() > cont.item(), False, {}
 
     @torch.no_grad()
     def render(self) -> np.ndarray:
-        return (255 * self.agent.slow_model.decoder(self.feat)[0]).byte().cpu().numpy()
+        return (255 * self.model.decoder(self.feat)[0]).byte().cpu().numpy()
 
 # %% Command line
 def measure(eval: Path, episodes: int = 20, seed: int = 0, device: str = "auto") -> None:
@@ -837,7 +836,8 @@ def main(argv: list[str] | None = None) -> int:
         elif "--resume" in options:
             tyro.cli(go_on, args=argv)
         else:
-            train(tyro.cli(Config, args=argv, description="Train; or --resume RUN; or --eval RUN"))
+            default, _ = tyro.cli(settings, args=argv, return_unknown_args=True, add_help=False)
+            train(tyro.cli(Config, args=argv, default=default))
         return 0
     except (DreamerError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         print("dreamer.py: error:", " ".join(str(error).split()), file=sys.stderr)
