@@ -142,7 +142,7 @@ def settings(env: str = Config.env, preset: Literal["v1", "v2", "v3"] = "v3") ->
 
 # %% 1.2 Small tools
 def sg(x: Tensor) -> Tensor:
-    """Stop-gradient. One cut more is in 3.4: `no_grad` around the dream."""
+    """Stop-gradient. One cut more is in 3.4: REINFORCE dreams without gradients."""
     return x.detach()
 
 def symlog(x: Tensor) -> Tensor:
@@ -276,7 +276,7 @@ class RSSM(nn.Module):
     """Recurrent state-space model (arXiv:1811.04551); z of classes (DreamerV2), or gaussian."""
     def __init__(self, embed_size: int, action_size: int, config: Config):
         super().__init__()
-        self.unimix, self.gaussian = config.unimix, config.latent == "gaussian"
+        self.unimix, self.gaussian = max(config.unimix, 1e-6), config.latent == "gaussian"
         self.shape = S, K = config.groups, 2 if self.gaussian else config.classes
         D, Z, units = config.hidden, S if self.gaussian else S * K, config.units
         self.hidden, self.feat_size = D, D + Z
@@ -300,7 +300,7 @@ class RSSM(nn.Module):
         return update * candidate + (1 - update) * h
 
     def params(self, outputs: Tensor) -> Tensor:
-        """What a network says [.,S*K] -> parameters [.,S,K]; no class is without probability."""
+        """What a network says [.,S*K] -> parameters [.,S,K]; a share `unimix` bounds the KL."""
         outputs = outputs.unflatten(-1, self.shape)
         if self.gaussian:
             return torch.stack([outputs[..., 0], F.softplus(outputs[..., 1]) + 0.1], -1)

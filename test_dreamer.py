@@ -338,6 +338,16 @@ def test_no_class_is_less_likely_than_its_share_of_unimix(agent):
     assert probs.max().item() == pytest.approx(0.99 + 0.01 / K)
 
 
+def test_without_unimix_the_kl_stays_finite():
+    config = Config(**SMALL | {"unimix": 0.0})
+    rssm = Agent(gym.spaces.Discrete(A), config).world_model.rssm
+    first, last = torch.full((2, S, K), -1e4)
+    first[:, 0], last[:, -1] = 1e4, 1e4
+    p, q = (rssm.params(x.flatten()).requires_grad_() for x in (first, last))
+    kl = kl_divergence(p, q)
+    assert torch.isfinite(kl) and torch.isfinite(torch.cat(torch.autograd.grad(kl, [p, q]))).all()
+
+
 def test_samples_are_one_hot_and_gradients_go_straight_through(agent):
     probs = torch.randn(7, S, K).softmax(-1).requires_grad_()
     weight = torch.randn(7, Z)
@@ -1604,6 +1614,8 @@ def test_every_python_block_of_the_readme_runs(number, undisturbed, tmp_path, mo
     monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
     monkeypatch.setattr("gymnasium.utils.play.play", lambda env, **options: env.reset(seed=0))
     Path("block.py").write_text(block)
+    for name in ("TwoHotHead", "Critic"):  # a block may put its own in their place
+        monkeypatch.setattr(dreamer, name, getattr(dreamer, name))
     runpy.run_path("block.py")
 
 
