@@ -37,7 +37,7 @@ import json
 import os
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -331,8 +331,7 @@ class RSSM(nn.Module):
         return torch.cat([h, self.sample(post)], -1), post
 
     def observe(self, embed: Tensor, prev_action: Tensor, is_first: Tensor) -> tuple:
-        """Sequences [B,T,...] -> (h, z) [B,T,F], posterior and prior [B,T,S,K]. `is_first`
-        erases h, z and the action: nothing crosses the border between episodes."""
+        """Sequences [B,T,...] -> (h, z) [B,T,F], posterior, prior [B,T,S,K]; is_first erases."""
         keep = (~is_first).float().unsqueeze(-1)  # [B,T,1]
         rows = embed.unbind(1), (prev_action * keep).unbind(1), keep.unbind(1)
         feat, steps = self.initial(len(embed)), []  # even in mid-episode
@@ -393,8 +392,7 @@ class ReplayBuffer:
         del self.rows[: -self.capacity]
 
     def sample(self, batch_size: int, length: int) -> dict[str, Tensor]:
-        """[B, T, ...] windows of consecutive rows, across episodes: is_first marks the border.
-        Each starts at the later of two random rows: what is new teaches more."""
+        """Windows [B,T,...] of rows, across episodes, from the later of two random ones on."""
         starts = torch.randint(len(self.rows) - length + 1, (2, batch_size)).amax(0).tolist()
         rows = [row for start in starts for row in self.rows[start : start + length]]
         columns = stack_rows(rows, self.device)
@@ -641,6 +639,7 @@ def train(config: Config, resume: str | Path | None = None, agent: Agent | None 
                 log.write(step, episode, updates)
                 if finished or time.monotonic() > next_save:
                     next_save = save_checkpoint(agent, replay, log, step, episode, updates)
+    env.close()
     return folder
 
 # %% 4.4 Log, curves, checkpoint
@@ -706,7 +705,8 @@ def load_agent(path: str | Path, device: str = "auto") -> Agent:
     """The agent in a run's folder or checkpoint file, for `agent.act` and `evaluate`."""
     state = read_checkpoint(path)
     config = Config(**state["config"] | {"device": device})
-    agent = Agent(PixelEnv(config.env).action_space, config)
+    with closing(PixelEnv(config.env)) as env:
+        agent = Agent(env.action_space, config)
     agent.load_state_dict(state["agent"])
     return agent
 
@@ -721,8 +721,7 @@ def load_agent(path: str | Path, device: str = "auto") -> Agent:
 
 # %% 5.1 Evaluation on unseen seeds
 def evaluate(agent: Agent, episodes: int = 20, seed: int = 0) -> dict[str, float]:
-    """Returns (sums of rewards) of `episodes` unseen episodes, and Eq. 5.1 to 5.4 on rows of
-    further ones: `eval/...`, if defined. Leaves the random state as it was."""
+    """Returns of `episodes` unseen episodes, and Eq. 5.1 to 5.4, if defined, on further ones."""
     if episodes < 1:
         raise DreamerError(f"episodes must be at least 1, not {episodes}")
     env = PixelEnv(agent.config.env, agent.config.action_repeat)
@@ -736,6 +735,7 @@ def evaluate(agent: Agent, episodes: int = 20, seed: int = 0) -> dict[str, float
             number += 1
             held_out += play(agent, env, episode_seed(seed, number, evaluation=True), chance=0.02)
         metrics = dream_metrics(agent, held_out)
+    env.close()
     metrics |= {"return": np.mean(returns), "return_std": np.std(returns),
                 "return_min": np.min(returns), "return_max": np.max(returns)}
     return {f"eval/{name}": float(x) for name, x in metrics.items() if np.isfinite(float(x))}

@@ -1365,6 +1365,45 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     assert all(torch.equal(v, untouched[k]) for k, v in after[-1].items())
 
 
+class Window(Counting):
+    """Counts how many of it are open: a renderer left to the interpreter's end may raise there."""
+
+    opened = set()
+
+    def __init__(self, render_mode=None):
+        super().__init__(render_mode, length=20)
+        self.opened.add(id(self))
+
+    def close(self):
+        self.opened.discard(id(self))
+
+
+gym.register("Window-v0", Window)
+
+
+def test_every_environment_is_closed(tmp_path):
+    folder = train(Config(**SMALL, env="Window-v0", steps=61, runs=str(tmp_path)))
+    evaluate(load_agent(folder), episodes=1)
+    assert not Window.opened
+
+
+class Filmed(Counting):
+    """Has a camera, as DeepMind Control has by Shimmy."""
+
+    def __init__(self, render_mode=None, render_kwargs=None):
+        super().__init__(render_mode)
+        self.render_kwargs = render_kwargs or {}
+
+
+gym.register("Filmed-v0", Filmed)
+gym.register("Filmed-v1", Filmed, kwargs={"render_kwargs": {"camera_id": 2}})
+
+
+def test_a_camera_is_number_0_unless_the_environment_says_which():
+    assert PixelEnv("Filmed-v0").unwrapped.render_kwargs == {"camera_id": 0}
+    assert PixelEnv("Filmed-v1").unwrapped.render_kwargs == {"camera_id": 2}
+
+
 def test_memory_that_the_machine_has_not_got_ends_in_one_line(tmp_path, monkeypatch, capsys):
     def greedy(batch_size, length):
         raise MemoryError("Unable to allocate 9 TiB")
