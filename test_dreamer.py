@@ -1650,6 +1650,8 @@ def test_every_python_block_of_the_readme_runs(number, undisturbed, tmp_path, mo
     small = ", ".join(f"{name}={value!r}" for name, value in SMALL.items())
     block = block.replace("Config(", f"Config({small}, steps=61, ")  # quick, and otherwise the same
     block = re.sub(r"total_timesteps=[\d_]+", "total_timesteps=64", block)
+    block = re.sub(r"n_steps=\d+", "n_steps=8", block)
+    block = re.sub(r"n_eval_episodes=\d+", "n_eval_episodes=1", block)
     monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
     monkeypatch.setattr("gymnasium.utils.play.play", lambda env, **options: env.reset(seed=0))
     Path("block.py").write_text(block)
