@@ -7,7 +7,7 @@ The sections carry the lesson's numbers; the algorithm is DreamerV3 (arXiv:2301.
 Begin with the loop in 4.3, which shows the whole; then read from the top.
 
 Shapes    B batch   T time   N starts of imagination   H horizon   A action   E embedding
-          D = |h|   S groups of K classes, so |z| = S*K   feat = (h, z), F = |feat| = D + S*K
+          D = |h|   S groups of K classes, so |z| = S*K; or S gaussians   feat = (h, z), F = |feat|
           Real sequences are batch first, [B, T, ...]; imagined ones time first, [H+1, N, ...].
 
 Time      row t : prev_action a_{t-1} | obs o_t | reward r_t | terminated_t | is_first_t
@@ -669,7 +669,7 @@ class Log:
         figure.savefig(self.folder / "curves.png", dpi=100)
 
 def save_checkpoint(agent: Agent, replay: ReplayBuffer, log: Log, *progress: int) -> float:
-    """All that a run is, into checkpoint.pt.gz, whole or not at all; returns the next's time."""
+    """All of a run into checkpoint.pt.gz, whole or not at all, in at most 5 % of its time."""
     start, config, folder = time.monotonic(), asdict(agent.config), log.folder
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -679,7 +679,7 @@ def save_checkpoint(agent: Agent, replay: ReplayBuffer, log: Log, *progress: int
         "lines": log.lines, "seconds": start - log.start, "progress": progress}
     with gzip.open(folder / "new.pt.gz", "wb", compresslevel=1) as file:
         torch.save(state, file)  # gzip's checksum will tell whether it is whole
-    (folder / "new.pt.gz").replace(folder / "checkpoint.pt.gz")  # they take at most 5 % of the time
+    (folder / "new.pt.gz").replace(folder / "checkpoint.pt.gz")
     return time.monotonic() + max(agent.config.save_every, 20 * (time.monotonic() - start))
 
 def read_checkpoint(path: str | Path) -> dict:
