@@ -55,7 +55,7 @@ from torch import distributions as td
 from tqdm import tqdm
 
 td.Distribution.set_default_validate_args(False)  # checks cost time
-os.environ |= {"SDL_VIDEODRIVER": "dummy", "SDL_NO_SIGNAL_HANDLERS": "1"}  # it draws unseen
+os.environ |= {"SDL_VIDEODRIVER": "dummy", "SDL_NO_SIGNAL_HANDLERS": "1"}  # SDL draws unseen
 if sys.platform == "linux":  # keep an update's memory for the next: fresh pages cost a tenth more
     ctypes.CDLL(None).mallopt(-3, 2**25)  # glibc's M_MMAP_THRESHOLD
     ctypes.CDLL(None).mallopt(-1, 2**30)  # and M_TRIM_THRESHOLD
@@ -73,7 +73,7 @@ def explain(where: str):
 
 @dataclass
 class Config:
-    """The options of a run: train; or --resume RUN; or --eval RUN."""
+    """The options of a run. The command line takes them, or --resume RUN, or --eval RUN."""
     env: str = "CartPole-v1"  # Gymnasium id; module:Id imports the module first
     preset: Literal["v1", "v2", "v3"] = "v3"  # whose choices are the defaults: see SETTINGS
     seed: int = 0  # seed of weights, actions, batches and episodes
@@ -90,10 +90,10 @@ class Config:
     capacity: int = 100_000  # steps kept in the replay buffer, 12 kB each
     depth: int = 8  # the CNN has 2 and 8 times as many channels
     hidden: int = 128  # D, size of the recurrent state h
-    groups: int = 16  # S, categorical variables in z
-    classes: int = 8  # K, classes of each of them
+    groups: int = 16  # S, variables in z
+    classes: int = 8  # K, classes of each of them, if they are categorical
     units: int = 128  # width of the hidden layers of every MLP
-    unimix: float = 0.01  # share of the uniform distribution in prior and posterior
+    unimix: float = 0.01  # share of the uniform distribution in the classes of z
     free_nats: float = 0.1  # KL of a step, in nats, below which it is not penalised
     scale_dyn: float = 1.0  # weight of the KL that pulls the prior to the posterior
     scale_rep: float = 0.05  # weight of the KL that pulls the posterior to the prior
@@ -106,8 +106,8 @@ class Config:
     lam: float = 0.95  # lambda of the lambda-return
     actor_grad: Literal["reinforce", "dynamics"] = "reinforce"  # what teaches the actor
     entropy: float = 3e-3  # eta, weight of the actor's entropy
-    model_rate: float = 0.1  # share that the slow world model takes over; 1: no slow one
-    critic_rate: float = 0.1  # share that the slow critic takes over; 1: no slow one
+    model_rate: float = 0.1  # share that the slow world model takes over; 1: it is the model
+    critic_rate: float = 0.1  # share that the slow critic takes over; 1: it is the critic
     return_rate: float = 0.01  # share of new returns in their running range; 0: not divided by it
     log_every: int = 500  # steps between lines of metrics.jsonl
     eval_every: int = 2_000  # steps between evaluations
@@ -131,9 +131,9 @@ SETTINGS = {  # what a task, and then a preset, sets in place of the defaults
     "Acrobot-v1": dict(action_repeat=2, steps=10_000),
     "LunarLander-v3": dict(action_repeat=2, steps=30_000),
     "shimmy:dm_control/cartpole-swingup-v0": dict(action_repeat=8, steps=20_000),
-    "v1": dict(latent="gaussian", groups=30, hidden=200, actor_grad="dynamics",
+    "v1": dict(latent="gaussian", groups=30, hidden=200, actor_grad="dynamics", entropy=0.0,
                free_nats=3.0, scale_rep=1.0, model_rate=1.0, critic_rate=1.0, return_rate=0.0),
-    "v2": dict(unimix=0.0, free_nats=0.0, scale_dyn=0.8, scale_rep=0.2,
+    "v2": dict(unimix=0.0, free_nats=0.0, scale_dyn=0.8, scale_rep=0.2, entropy=1e-3,
                model_rate=1.0, critic_rate=0.01, return_rate=0.0), "v3": {}}
 
 def settings(env: str = Config.env, preset: Literal["v1", "v2", "v3"] = "v3") -> Config:
@@ -300,7 +300,7 @@ class RSSM(nn.Module):
         return update * candidate + (1 - update) * h
 
     def params(self, outputs: Tensor) -> Tensor:
-        """What a network says [.,S*K] -> parameters [.,S,K]; a share `unimix` bounds the KL."""
+        """What a network says [.,S*K] -> parameters [.,S,K]; classes with a uniform share."""
         outputs = outputs.unflatten(-1, self.shape)
         if self.gaussian:
             return torch.stack([outputs[..., 0], F.softplus(outputs[..., 1]) + 0.1], -1)
@@ -331,7 +331,7 @@ class RSSM(nn.Module):
         return torch.cat([h, self.sample(post)], -1), post
 
     def observe(self, embed: Tensor, prev_action: Tensor, is_first: Tensor) -> tuple:
-        """Sequences [B,T,...] -> (h, z) [B,T,F], posterior, prior [B,T,S,K]; is_first erases."""
+        """Sequences [B,T,...] -> (h, z) [B,T,F], posterior, prior [B,T,S,K]. is_first forgets."""
         keep = (~is_first).float().unsqueeze(-1)  # [B,T,1]
         rows = embed.unbind(1), (prev_action * keep).unbind(1), keep.unbind(1)
         feat, steps = self.initial(len(embed)), []  # even in mid-episode
@@ -392,7 +392,7 @@ class ReplayBuffer:
         del self.rows[: -self.capacity]
 
     def sample(self, batch_size: int, length: int) -> dict[str, Tensor]:
-        """Windows [B,T,...] of rows, across episodes, from the later of two random ones on."""
+        """Windows [B,T,...] of rows, from the later of two random ones on: news teach more."""
         starts = torch.randint(len(self.rows) - length + 1, (2, batch_size)).amax(0).tolist()
         rows = [row for start in starts for row in self.rows[start : start + length]]
         columns = stack_rows(rows, self.device)
@@ -429,19 +429,19 @@ class WorldModel(nn.Module):
         embed = self.encoder(batch["obs"])  # [B,T,E]
         feat, post, prior = self.rssm.observe(embed, batch["prev_action"], batch["is_first"])
         error = F.mse_loss(self.decoder(feat), batch["obs"] / 255, reduction="none")
-        cont_logit = self.cont_head(feat).squeeze(-1)  # [B,T]
+        logit = self.cont_head(feat).squeeze(-1)  # [B,T]
         cont = 1 - batch["terminated"].float()  # [B,T]
         dyn = kl_divergence(sg(post), prior, self.rssm.gaussian)  # [B,T]
         rep = kl_divergence(post, sg(prior), self.rssm.gaussian)  # [B,T]
         losses = {  # each [B,T]
             "recon": error.sum((-3, -2, -1)),  # Eq. 2.1, over [64,64,3]
-            "reward": self.reward_head.loss(feat, batch["reward"]),  # 2.2
-            "cont": F.binary_cross_entropy_with_logits(cont_logit, cont, reduction="none"),  # 2.3
+            "reward": self.reward_head.loss(feat, batch["reward"]),  # Eq. 2.2
+            "cont": F.binary_cross_entropy_with_logits(logit, cont, reduction="none"),  # Eq. 2.3
             "dyn": dyn.clamp(min=self.config.free_nats),  # Eq. 2.4; below: no gradient
             "rep": rep.clamp(min=self.config.free_nats)}  # Eq. 2.5
         assert all(loss.shape == cont.shape for loss in losses.values())
         scales = {"dyn": self.config.scale_dyn, "rep": self.config.scale_rep}  # others: 1
-        total = sum(scales.get(name, 1) * loss for name, loss in losses.items())  # 2.6
+        total = sum(scales.get(name, 1) * loss for name, loss in losses.items())  # Eq. 2.6
         shown = losses | {"kl": dyn}  # before free nats
         return total.mean(), feat, {f"wm/{name}": x.detach().mean() for name, x in shown.items()}
 
@@ -517,8 +517,8 @@ def update_behavior(agent: Agent, feat: Tensor) -> dict[str, Tensor]:
     with torch.set_grad_enabled(dynamics):  # REINFORCE needs the gradient of ln pi alone
         feat, action = imagine(model, actor, feat, config.horizon)  # [H+1,N,F], [H,N,A]
         reward, cont = model.predict(feat)  # each [H+1,N]
-        slow_value = agent.slow_critic(feat)  # [H+1,N], of weights that no loss can move
-        value = slow_value if dynamics else critic(feat)  # [H+1,N]
+        slow_value = agent.slow_critic(feat)  # [H+1,N]
+        value = slow_value if dynamics else critic(feat)  # [H+1,N]; the actor moves no critic
     returns = lambda_return(reward, value, cont, config.gamma, config.lam)  # [H,N] Eq. 3.2
     weight = torch.cat([cont[:1], config.gamma * cont[1:-1]]).cumprod(0)  # [H,N] Eq. 3.3
     scale = return_scale(agent.return_range, sg(returns), config.return_rate)  # [] Eq. 3.4
@@ -542,7 +542,7 @@ def update_behavior(agent: Agent, feat: Tensor) -> dict[str, Tensor]:
 
 # %% 4.1 The agent, and acting
 class Agent(nn.Module):
-    """All that learns: world model, actor, critic, slow copies of two, range of returns."""
+    """World model, actor, critic; slow copies: one dreams better, and acts; one steadies values."""
     def __init__(self, action_space: gym.Space, config: Config):
         super().__init__()
         torch.set_num_threads(config.threads)
@@ -577,7 +577,8 @@ def episode_seed(seed: int, number: int, evaluation: bool = False) -> int:
     return 2 * (1_000_000 * seed + number) + evaluation
 
 def play(agent: Agent, env: PixelEnv, seed: int, chance: float = 0.0) -> list[dict]:
-    """The rows of an episode of the most likely actions; with `chance` random ones take over."""
+    """The rows of an episode of the most likely actions; by a `chance` at every step random ones
+    take over for good: where a policy balances, nothing is to be foreseen."""
     env.reset(seed=seed)
     rows, state, at_random = [env.row], None, False
     while not env.row["is_last"]:
@@ -608,7 +609,8 @@ def train(config: Config, resume: str | Path | None = None, agent: Agent | None 
     step, episode, updates = (0, 0, 0) if resume is None else load_checkpoint(agent, replay, log)
     next_save = save_checkpoint(agent, replay, log, step, episode, updates)
     print(f'Results: {folder}. If it is stopped: python dreamer.py --resume "{folder}"')
-    with tqdm(total=updates_due(config, config.steps), initial=updates, unit="update") as bar:
+    total = updates_due(config, config.steps)
+    with closing(env), tqdm(total=total, initial=updates, unit="update") as bar:
         while step < config.steps:
             env.reset(seed=episode_seed(config.seed, episode))
             replay.add(env.row)
@@ -639,7 +641,6 @@ def train(config: Config, resume: str | Path | None = None, agent: Agent | None 
                 log.write(step, episode, updates)
                 if finished or time.monotonic() > next_save:
                     next_save = save_checkpoint(agent, replay, log, step, episode, updates)
-    env.close()
     return folder
 
 # %% 4.4 Log, curves, checkpoint
@@ -724,9 +725,9 @@ def evaluate(agent: Agent, episodes: int = 20, seed: int = 0) -> dict[str, float
     """Returns of `episodes` unseen episodes, and Eq. 5.1 to 5.4, if defined, on further ones."""
     if episodes < 1:
         raise DreamerError(f"episodes must be at least 1, not {episodes}")
-    env = PixelEnv(agent.config.env, agent.config.action_repeat)
     returns, held_out = [], []
-    with torch.no_grad(), torch.random.fork_rng([] if agent.config.device == "cpu" else None):
+    with (closing(PixelEnv(agent.config.env, agent.config.action_repeat)) as env, torch.no_grad(),
+          torch.random.fork_rng([] if agent.config.device == "cpu" else None)):
         torch.manual_seed(seed)
         for number in tqdm(range(episodes), "evaluation", leave=False):
             rows = play(agent, env, episode_seed(seed, number, evaluation=True))
@@ -735,7 +736,6 @@ def evaluate(agent: Agent, episodes: int = 20, seed: int = 0) -> dict[str, float
             number += 1
             held_out += play(agent, env, episode_seed(seed, number, evaluation=True), chance=0.02)
         metrics = dream_metrics(agent, held_out)
-    env.close()
     metrics |= {"return": np.mean(returns), "return_std": np.std(returns),
                 "return_min": np.min(returns), "return_max": np.max(returns)}
     return {f"eval/{name}": float(x) for name, x in metrics.items() if np.isfinite(float(x))}
@@ -789,16 +789,16 @@ def trajectory_entropy(agent: Agent, feat: Tensor) -> dict:
             "trajectory_entropy": (policy + latent).sum(0).mean()}
 
 # %% 5.3 The dream as an environment
-class DreamEnv(PixelEnv):
+class DreamEnv(gym.Wrapper):
     """The learned world as a Gymnasium environment: after a real first frame, all is dreamed."""
     def __init__(self, agent: Agent):
+        super().__init__(PixelEnv(agent.config.env, agent.config.action_repeat))
         self.agent, self.model = agent, agent.slow_model
-        super().__init__(agent.config.env, agent.config.action_repeat)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
-        first, info = super().reset(seed=seed, options=options)
+        first, info = self.env.reset(seed=seed, options=options)
         with torch.random.fork_rng([] if self.agent.config.device == "cpu" else None):
-            torch.manual_seed(int(self.action_space.np_random.integers(2**31)))
+            torch.manual_seed(int(2**31 * self.np_random.random()))
             _, (self.feat, _) = self.agent.act(first)
         return self.render(), info
 
@@ -806,7 +806,7 @@ class DreamEnv(PixelEnv):
     def step(self, action):
         action = torch.as_tensor(flatten(self.action_space, action)).to(self.feat)[None]
         with torch.random.fork_rng([] if self.agent.config.device == "cpu" else None):
-            torch.manual_seed(int(self.action_space.np_random.integers(2**31)))
+            torch.manual_seed(int(2**31 * self.np_random.random()))
             self.feat = self.model.rssm.img_step(self.feat, action)
             reward, cont = self.model.predict(self.feat)
             return self.render(), reward.item(), torch.rand(()).item() > cont.item(), False, {}

@@ -1617,9 +1617,20 @@ def test_a_dream_leaves_the_random_state_and_follows_its_seed(dream):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_a_dream_is_reproduced_over_later_episodes_and_whatever_is_sampled(dream):
+    films = []
+    for samples in (0, 3):
+        films.append([dream.reset(seed=3)[0]])
+        for _ in range(2):
+            for _ in range(samples):
+                dream.action_space.sample()
+            films[-1] += [dream.step(1)[0], dream.reset()[0]]  # without a seed: goes on
+    assert np.array_equal(*films) and not np.array_equal(films[0][0], films[0][2])
+
+
 def test_a_dream_step_is_prior_reward_head_continue_head_and_decoder(dream):
     dream.reset(seed=1)
-    model, frame = dream.agent.slow_model, dream.row["obs"]
+    model, frame = dream.agent.slow_model, dream.env.row["obs"]
     assert np.array_equal(frame, PixelEnv("CartPole-v1").reset(seed=1)[0])  # a real first frame
     h = model.rssm.recur(dream.feat, torch.tensor([[0.0, 1.0]]))
     model.cont_head[-1].weight.data.zero_()
@@ -1630,7 +1641,7 @@ def test_a_dream_step_is_prior_reward_head_continue_head_and_decoder(dream):
     assert np.array_equal(obs, (model.decoder(dream.feat)[0].detach() * 255).byte().numpy())
     model.cont_head[-1].bias.data.fill_(20.0)
     assert not any(dream.step(0)[2] for _ in range(10))
-    assert np.array_equal(frame, dream.row["obs"])  # and the real environment has not moved
+    assert np.array_equal(frame, dream.env.row["obs"])  # and the real environment has not moved
 
 
 # The README's recipes
