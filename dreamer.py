@@ -129,8 +129,8 @@ class Config:
 SETTINGS = {  # what a task, and then a preset, sets in place of the defaults
     "Pendulum-v1": dict(action_repeat=2, steps=10_000),
     "Acrobot-v1": dict(action_repeat=2, steps=10_000),
-    "LunarLander-v3": dict(action_repeat=2, steps=30_000),
-    "shimmy:dm_control/cartpole-swingup-v0": dict(action_repeat=8, steps=20_000),
+    "shimmy:dm_control/cartpole-swingup-v0": dict(
+        action_repeat=8, steps=20_000, depth=16, pretrain=1_500, eval_every=5_000, held_out=500),
     "v1": dict(latent="gaussian", groups=30, hidden=200, actor_grad="dynamics", entropy=0.0,
                free_nats=3.0, scale_rep=1.0, model_rate=1.0, critic_rate=1.0, return_rate=0.0),
     "v2": dict(unimix=0.0, free_nats=0.0, scale_dyn=0.8, scale_rep=0.2, entropy=1e-3,
