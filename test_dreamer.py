@@ -1396,12 +1396,12 @@ class Filmed(Counting):
 
 
 gym.register("Filmed-v0", Filmed)
-gym.register("Filmed-v1", Filmed, kwargs={"render_kwargs": {"camera_id": 2}})
+gym.register("Filmed-from-the-side-v0", Filmed, kwargs={"render_kwargs": {"camera_id": 2}})
 
 
 def test_a_camera_is_number_0_unless_the_environment_says_which():
     assert PixelEnv("Filmed-v0").unwrapped.render_kwargs == {"camera_id": 0}
-    assert PixelEnv("Filmed-v1").unwrapped.render_kwargs == {"camera_id": 2}
+    assert PixelEnv("Filmed-from-the-side-v0").unwrapped.render_kwargs == {"camera_id": 2}
 
 
 def test_memory_that_the_machine_has_not_got_ends_in_one_line(tmp_path, monkeypatch, capsys):
