@@ -73,7 +73,7 @@ def explain(where: str):
 
 @dataclass
 class Config:
-    """The options of a run. The command line takes them, or --resume RUN, or --eval RUN."""
+    """Options of a run; DreamerError for impossible ones. Or: --resume RUN, or --eval RUN."""
     env: str = "CartPole-v1"  # Gymnasium id; module:Id imports the module first
     preset: Literal["v1", "v2", "v3"] = "v3"  # whose choices are the defaults: see SETTINGS
     seed: int = 0  # seed of weights, actions, batches and episodes
@@ -193,7 +193,7 @@ class PixelEnv(gym.Wrapper):
         self.env_id, self.action_repeat = env_id, action_repeat
         with explain(f"--env {env_id}"):
             super().__init__(gym.make(env_id, render_mode="rgb_array", disable_env_checker=True))
-            getattr(self.unwrapped, "render_kwargs", {}).setdefault("camera_id", 0)  # DeepMind's
+            getattr(self.unwrapped, "render_kwargs", {}).setdefault("camera_id", 0)  # Shimmy's
             if self.env.spec.max_episode_steps is None:  # evaluations have to end
                 self.env = gym.wrappers.TimeLimit(self.env, 1_000)
             self.is_box = isinstance(self.action_space, Box) and self.action_space.is_bounded()
@@ -300,7 +300,7 @@ class RSSM(nn.Module):
         return update * candidate + (1 - update) * h
 
     def params(self, outputs: Tensor) -> Tensor:
-        """What a network says [.,S*K] -> parameters [.,S,K]; classes with a uniform share."""
+        """What a network says [.,S*K] -> parameters [.,S,K]; `unimix` of the classes uniform."""
         outputs = outputs.unflatten(-1, self.shape)
         if self.gaussian:
             return torch.stack([outputs[..., 0], F.softplus(outputs[..., 1]) + 0.1], -1)
@@ -331,7 +331,7 @@ class RSSM(nn.Module):
         return torch.cat([h, self.sample(post)], -1), post
 
     def observe(self, embed: Tensor, prev_action: Tensor, is_first: Tensor) -> tuple:
-        """Sequences [B,T,...] -> (h, z) [B,T,F], posterior, prior [B,T,S,K]. is_first forgets."""
+        """Sequences [B,T,...] -> (h, z) [B,T,F], posterior, prior [B,T,S,K]. is_first: from 0."""
         keep = (~is_first).float().unsqueeze(-1)  # [B,T,1]
         rows = embed.unbind(1), (prev_action * keep).unbind(1), keep.unbind(1)
         feat, steps = self.initial(len(embed)), []  # even in mid-episode
@@ -392,7 +392,7 @@ class ReplayBuffer:
         del self.rows[: -self.capacity]
 
     def sample(self, batch_size: int, length: int) -> dict[str, Tensor]:
-        """Windows [B,T,...] of rows, from the later of two random ones on: news teach more."""
+        """Windows [B,T,...] of rows, from the later of two random ones on: the new teaches more."""
         starts = torch.randint(len(self.rows) - length + 1, (2, batch_size)).amax(0).tolist()
         rows = [row for start in starts for row in self.rows[start : start + length]]
         columns = stack_rows(rows, self.device)

@@ -797,6 +797,27 @@ def test_dreams_start_from_different_states_of_the_batch(agent, monkeypatch):
     assert drawn[0] != drawn[1]
 
 
+@pytest.mark.parametrize("actor_grad", ["reinforce", "dynamics"])
+def test_a_step_of_one_part_moves_no_other_though_all_share_an_optimizer(
+        agent, actor_grad, monkeypatch):
+    agent.config.actor_grad = actor_grad
+    for _ in range(2):  # now every part has moments that an optimizer could go on with
+        feat, _ = update_world_model(agent, random_batch())
+        update_behavior(agent, feat)
+    steps, step = [], dreamer.gradient_step
+
+    def watched(agent, part, loss):
+        before = {name: snapshot(module) for name, module in agent.named_children()}
+        norm = step(agent, part, loss)
+        steps.append((part, {n for n, x in before.items() if changed(getattr(agent, n), x)}))
+        return norm
+
+    monkeypatch.setattr(dreamer, "gradient_step", watched)
+    feat, _ = update_world_model(agent, random_batch())
+    update_behavior(agent, feat)
+    assert steps == [(part, {part}) for part in ("world_model", "actor", "critic")]
+
+
 # Section 4: training loop
 def episode(env, actions):
     """The rows of an episode of given actions."""
