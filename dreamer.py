@@ -127,8 +127,8 @@ class Config:
             raise DreamerError(f"steps ({self.steps}) must exceed prefill ({self.prefill})")
 
 SETTINGS = {  # what a task, and then a preset, sets in place of the defaults
-    "Pendulum-v1": dict(action_repeat=2, steps=10_000),
-    "Acrobot-v1": dict(action_repeat=2, steps=10_000),
+    "Pendulum-v1": dict(steps=20_000, train_ratio=32.0, hidden=256, units=256, eval_every=10_000),
+    "Acrobot-v1": dict(steps=20_000, train_ratio=32.0, hidden=256, units=256, eval_every=10_000),
     "shimmy:dm_control/cartpole-swingup-v0": dict(
         action_repeat=8, steps=20_000, depth=16, pretrain=1_500, eval_every=5_000, held_out=500),
     "v1": dict(latent="gaussian", groups=30, hidden=200, actor_grad="dynamics", entropy=0.0,
@@ -577,14 +577,14 @@ def episode_seed(seed: int, number: int, evaluation: bool = False) -> int:
     return 2 * (1_000_000 * seed + number) + evaluation
 
 def play(agent: Agent, env: PixelEnv, seed: int, chance: float = 0.0) -> list[dict]:
-    """The rows of an episode of the most likely actions; by a `chance` at every step random ones
-    take over for good: where a policy balances, nothing is to be foreseen."""
+    """The rows of an episode of the most likely actions; by a `chance`, the next 15 are random."""
     env.reset(seed=seed)
-    rows, state, at_random = [env.row], None, False
+    rows, state, at_random = [env.row], None, 0
     while not env.row["is_last"]:
-        at_random = at_random or torch.rand(()) < chance
-        action, state = agent.act(env.row["obs"], state)  # ignored, once at random
-        env.step(env.action_space.sample() if at_random else action)
+        at_random = 15 if torch.rand(()) < chance else at_random - 1  # a good policy has to fail, too
+        action, (feat, _) = agent.act(env.row["obs"], state)
+        env.step(env.action_space.sample() if at_random > 0 else action)
+        state = feat, feat.new_tensor(env.row["prev_action"])[None]  # the action as it was taken
         rows.append(env.row)
     return rows
 

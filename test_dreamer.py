@@ -851,11 +851,12 @@ def test_the_policy_sees_each_frame_once_and_gets_its_state_back():
 
     class Watched:
         def act(self, obs, state=None):
-            seen.append((round(obs.mean() / 10), state))
-            return 5, (state or 0) + 1
+            count = 0 if state is None else state[0].item()
+            seen.append((round(obs.mean() / 10), count))
+            return 5, (torch.tensor(count + 1), None)
 
     assert len(play(Watched(), PixelEnv("Counting-v0"), seed=0)) == 5
-    assert seen == [(0, None), (1, 1), (2, 2), (3, 3)]
+    assert seen == [(0, 0), (1, 1), (2, 2), (3, 3)]
 
 
 @pytest.mark.parametrize("env_id, ends", [("Counting-v0", True), ("Truncated-v0", False)])
@@ -1568,17 +1569,20 @@ def test_held_out_rows_are_of_unseen_seeds_and_random_actions_take_over(monkeypa
     assert [chance > 0 for _, chance in seeds] == [i >= 3 for i in range(len(seeds))]
 
 
-def test_random_actions_take_over_for_good(monkeypatch):
+def test_random_actions_take_over_for_fifteen_steps_and_the_agent_knows_what_was_done(monkeypatch):
     class Always:
         def act(self, obs, state=None):
-            return 5, None
+            told.append(state and state[1][0].argmax().item())
+            return 5, (torch.zeros(1), "what it chose")
 
-    env, chances = PixelEnv("Eight-terminated-v0"), iter([0.9, 0.9, 0.1, *[0.9] * 5])
+    told, env = [], PixelEnv("Long-v0")
+    chances = iter([0.9, 0.9, 0.1, *[0.9] * 17])
     monkeypatch.setattr(dreamer.torch, "rand", lambda shape: next(chances))
     rows = play(Always(), env, seed=3, chance=0.5)
     env.action_space.seed(3 + 2**40)
-    expected = [5, 5, *(env.action_space.sample() for _ in range(6))]
-    assert [5 + row["prev_action"].argmax() for row in rows[1:]] == expected != 8 * [5]
+    expected = [5, 5, *(env.action_space.sample() for _ in range(15)), 5, 5, 5]
+    assert [5 + row["prev_action"].argmax() for row in rows[1:]] == expected != 20 * [5]
+    assert told == [None, *(action - 5 for action in expected[:-1])]
 
 
 class Still(Counting):
@@ -1589,6 +1593,7 @@ class Still(Counting):
 
 gym.register("Still-v0", Still, kwargs={"ends_by": "truncated"})
 gym.register("Brief-v0", Counting, kwargs={"length": 2})
+gym.register("Long-v0", Counting, kwargs={"length": 20})
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -1684,6 +1689,7 @@ def test_every_python_block_of_the_readme_runs(number, undisturbed, tmp_path, mo
     block = re.sub(r"total_timesteps=[\d_]+", "total_timesteps=64", block)
     block = re.sub(r"n_steps=\d+", "n_steps=8", block)
     block = re.sub(r"n_eval_episodes=\d+", "n_eval_episodes=1", block)
+    block = re.sub(r"eval_freq=[\d_]+", "eval_freq=4", block)
     monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
     monkeypatch.setattr("gymnasium.utils.play.play", lambda env, **options: env.reset(seed=0))
     Path("block.py").write_text(block)
