@@ -988,7 +988,8 @@ def test_each_preset_trains_resumes_exactly_and_evaluates(env, preset, tmp_path,
         losses.append(update_world_model(agent, batch))
         return losses[-1]
 
-    small = {**SMALL, "steps": 200, "eval_every": 1000, "save_every": 0.0, "device": "cpu"}
+    small = {**SMALL, "steps": 200, "eval_every": 1000, "save_every": 0.0, "device": "cpu",
+             "action_repeat": 2}  # so that an episode of Pendulum ends before the run is stopped
     config = vars(dreamer.settings(env, preset)) | small
     folder = train(Config(**config | {"runs": str(tmp_path / "whole")}))
     losses, config = [], Config(**config | {"runs": str(tmp_path)})
