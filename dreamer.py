@@ -581,7 +581,7 @@ def play(agent: Agent, env: PixelEnv, seed: int, chance: float = 0.0) -> list[di
     env.reset(seed=seed)
     rows, state, at_random = [env.row], None, 0
     while not env.row["is_last"]:
-        at_random = 15 if torch.rand(()) < chance else at_random - 1  # else nothing ever falls
+        at_random = 15 if torch.rand(()) < chance else at_random - 1  # so that poles do fall
         action, (feat, _) = agent.act(env.row["obs"], state)
         env.step(env.action_space.sample() if at_random > 0 else action)
         state = feat, feat.new_tensor(env.row["prev_action"])[None]  # the action as it was taken
