@@ -126,9 +126,10 @@ class Config:
         if self.steps <= self.prefill:
             raise DreamerError(f"steps ({self.steps}) must exceed prefill ({self.prefill})")
 
+LARGER = dict(steps=20_000, train_ratio=32.0, hidden=256, units=256, eval_every=10_000)
 SETTINGS = {  # what a task, and then a preset, sets in place of the defaults
-    "Pendulum-v1": dict(steps=20_000, train_ratio=32.0, hidden=256, units=256, eval_every=10_000),
-    "Acrobot-v1": dict(steps=20_000, train_ratio=32.0, hidden=256, units=256, eval_every=10_000),
+    "Pendulum-v1": LARGER,
+    "Acrobot-v1": LARGER | dict(entropy=1e-3),
     "shimmy:dm_control/cartpole-swingup-v0": dict(
         action_repeat=8, steps=20_000, depth=16, pretrain=1_500, eval_every=5_000, held_out=500),
     "v1": dict(latent="gaussian", groups=30, hidden=200, actor_grad="dynamics", entropy=0.0,
@@ -630,8 +631,7 @@ def train(config: Config, resume: str | Path | None = None, agent: Agent | None 
                     bar.update()
                     updates += 1
                     log.add(metrics)
-            # Between episodes the environment remembers nothing: a run can go on here
-            episode += 1
+            episode += 1  # the environment remembers nothing now: a run can go on here
             log.add({"env/return": score, "env/length": step - begin})
             bar.set_postfix(step=step, episode_return=score)
             finished = step >= config.steps
