@@ -130,6 +130,7 @@ LARGER = dict(steps=20_000, train_ratio=32.0, hidden=256, units=256, eval_every=
 SETTINGS = {  # what a task, and then a preset, sets in place of the defaults
     "Pendulum-v1": LARGER,
     "Acrobot-v1": LARGER | dict(entropy=1e-3),
+    "MountainCarContinuous-v0": dict(steps=10_000),
     "shimmy:dm_control/cartpole-swingup-v0": dict(
         action_repeat=8, steps=20_000, depth=16, pretrain=1_500, eval_every=5_000, held_out=500),
     "v1": dict(latent="gaussian", groups=30, hidden=200, actor_grad="dynamics", entropy=0.0,
@@ -762,10 +763,9 @@ def dream_metrics(agent: Agent, held_out: list[dict]) -> dict:
     metrics = reward_correlation(dreamed, real, known[1 : H + 1], agent.config.gamma)
     mean = obs.mean(0, dtype=torch.float32) / 255  # [64,64,3]
     for k in (1, 5, 15, 50):
-        truth = obs[index[k]] / 255  # [N,64,64,3]
         guesses = {"": model.decoder(dream[k]), "_repeat": obs[start] / 255, "_mean": mean}
         for name, guess in guesses.items():
-            error = (guess - truth).square().sum((-3, -2, -1))  # [N]
+            error = (guess - obs[index[k]] / 255).square().sum((-3, -2, -1))  # [N]
             metrics[f"pixel_error{name}_{k}"] = error[lasted[k]].mean()  # Eq. 5.3
     return metrics | trajectory_entropy(agent, feat[0, start])
 
