@@ -4,19 +4,19 @@
     python dreamer.py --eval runs/CartPole-v1-0  measure what came out, on unseen episodes
 
 The sections carry the lesson's numbers; the algorithm is DreamerV3 (arXiv:2301.04104).
-Begin with the loop in 4.3, which shows the whole; then read from the top.
+Begin with `Agent` in 4.1 and the loop in 4.3, which show the whole; then read from the top.
 
 Shapes    B batch   T time   N starts of imagination   H horizon   A action   E embedding
           D = |h|   S groups of K classes, so |z| = S*K; or S gaussians   feat = (h, z), F = |feat|
           Real sequences are batch first, [B, T, ...]; imagined ones time first, [H+1, N, ...].
 
-Time      row t : prev_action a_{t-1} | obs o_t | reward r_t | terminated_t | is_first_t
+Time      row t : prev_action a_{t-1} | obs o_t | reward r_t | terminated_t | is_first_t | is_last_t
           h_t = f(h_{t-1}, z_{t-1}, a_{t-1})  Eq. 1.1, recurrent state, the papers' deter
           z_t ~ q(. | h_t, o_t)               Eq. 1.2, posterior: saw the frame; the papers' stoch
           z_t ~ p(. | h_t)                    Eq. 1.3, prior: has to guess it, and so can dream
           o_t, r_t and c_t = 1 - terminated_t are predicted from (h_t, z_t).
           The action in row t is the one that led to o_t. The first row of an episode has a zero
-          action, zero reward and is_first; its last frame has a row of its own.
+          action, zero reward and is_first; its last frame has a row of its own, is_last.
 
 Gradient of           reaches    encoder, RSSM, decoder, heads    actor    critic
 world model loss                              yes                   -        -
@@ -439,7 +439,7 @@ class WorldModel(nn.Module):
             "recon": error.sum((-3, -2, -1)),  # Eq. 2.1, over [64,64,3]
             "reward": self.reward_head.loss(feat, batch["reward"]),  # Eq. 2.2
             "cont": F.binary_cross_entropy_with_logits(logit, cont, reduction="none"),  # Eq. 2.3
-            "dyn": dyn.clamp(min=self.config.free_nats),  # Eq. 2.4; below: no gradient
+            "dyn": dyn.clamp(min=self.config.free_nats),  # Eq. 2.4; no gradient if below
             "rep": rep.clamp(min=self.config.free_nats)}  # Eq. 2.5
         assert all(loss.shape == cont.shape for loss in losses.values())
         scales = {"dyn": self.config.scale_dyn, "rep": self.config.scale_rep}  # others: 1
@@ -449,8 +449,8 @@ class WorldModel(nn.Module):
 
 # %% 2.2 World model update step
 def gradient_step(agent: Agent, part: str, loss: Tensor) -> Tensor:
-    """Move the weights of world_model, actor or critic down the gradient of their loss [], and
-    return its norm []. DreamerError, before a weight is touched, if it is not finite."""
+    """Move the weights of one part, world_model, actor or critic, down the gradient of its loss [];
+    returns the norm []. DreamerError, before a weight is touched, if it is not finite."""
     agent.optimizer.zero_grad()  # from here on the other parts have no gradient
     loss.backward()
     norm = nn.utils.clip_grad_norm_(agent.parameters(), agent.config.max_grad_norm)
@@ -474,7 +474,7 @@ def update_world_model(agent: Agent, batch: dict[str, Tensor]) -> tuple[Tensor, 
 
 # %% [markdown]
 # # Section 3: Behavior Learning
-# From states of the batch the actor dreams H steps; the critic learns what return to expect.
+# From states of the batch the actor dreams H steps in the slow model; the critic, v, foresees R.
 # - Eq. 3.1 `a_t ~ pi(. | h_t, z_t)`, `h_{t+1} = f(h_t, z_t, a_t)`, `z_{t+1} ~ p(. | h_{t+1})`
 # - Eq. 3.2 `R_t = r_{t+1} + gamma c_{t+1} ((1 - lam) v_{t+1} + lam R_{t+1})`, `R_H = v_H`
 # - Eq. 3.3 `w_t = c_0 (gamma c_1) ... (gamma c_t)`: the dream counts while it is alive
@@ -520,7 +520,7 @@ def update_behavior(agent: Agent, feat: Tensor) -> dict[str, Tensor]:
         feat, action = imagine(model, actor, feat, config.horizon)  # [H+1,N,F], [H,N,A]
         reward, cont = model.predict(feat)  # each [H+1,N]
         slow_value = agent.slow_critic(feat)  # [H+1,N]
-        value = slow_value if dynamics else critic(feat)  # [H+1,N]; the actor moves no critic
+        value = slow_value if dynamics else critic(feat)  # [H+1,N]; frozen: passes gradients on
     returns = lambda_return(reward, value, cont, config.gamma, config.lam)  # [H,N] Eq. 3.2
     weight = torch.cat([cont[:1], config.gamma * cont[1:-1]]).cumprod(0)  # [H,N] Eq. 3.3
     scale = return_scale(agent.return_range, sg(returns), config.return_rate)  # [] Eq. 3.4
@@ -573,7 +573,7 @@ class Agent(nn.Module):
         action = self.actor(feat).sample() if explore else self.actor(feat).mode  # [1,A]
         return unflatten(self.action_space, action[0].cpu().numpy()), (feat, action)
 
-# %% 4.2 Playing an episode
+# %% 4.2 Playing an episode, to evaluate
 def episode_seed(seed: int, number: int, evaluation: bool = False) -> int:
     """Training episodes have even seeds, evaluations odd ones: they never meet."""
     return 2 * (1_000_000 * seed + number) + evaluation
