@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 from pathlib import Path
@@ -1188,6 +1189,9 @@ def in_child(*argv, after=None, number=None, limit=None):
     child = os.fork()
     if child == 0:
         os.close(reader)
+        # tqdm's own lock is shared with forks: a child killed while it holds it stops all others
+        dreamer.tqdm.set_lock(threading.RLock())
+        signal.alarm(300)  # a child that hangs fails its test
         sys.stdout = sys.stderr = os.fdopen(writer, "w", buffering=1)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if limit:
