@@ -404,7 +404,7 @@ class ReplayBuffer:
 # # Section 2: World Model Update
 # Run the RSSM over a batch of real sequences, and predict from every state (h, z) what row t
 # holds. The loss (Eq. 2.6) is the mean over B and T of the weighted sum of
-# - Eq. 2.1 `recon = sum over pixels of (o_t - decoder(h_t, z_t))^2`
+# - Eq. 2.1 `recon = sum over pixels of (o_t / 255 - decoder(h_t, z_t))^2`
 # - Eq. 2.2 `reward = -ln p(r_t | h_t, z_t)`, a cross-entropy with the two-hot reward
 # - Eq. 2.3 `cont = -ln p(c_t | h_t, z_t)`, with `c_t = 1 - terminated_t`, not truncated
 # - Eq. 2.4 `dyn = max(free, KL(sg(q) || p))`: the prior learns to foresee the posterior
@@ -586,7 +586,7 @@ def play(agent: Agent, env: PixelEnv, seed: int, chance: float = 0.0) -> list[di
         at_random = 15 if torch.rand(()) < chance else at_random - 1  # so that poles do fall
         action, (feat, _) = agent.act(env.row["obs"], state)
         env.step(env.action_space.sample() if at_random > 0 else action)
-        state = feat, feat.new_tensor(env.row["prev_action"])[None]  # the action as it was taken
+        state = feat, feat.new_tensor(env.row["prev_action"])[None]  # the one that was taken
         rows.append(env.row)
     return rows
 
