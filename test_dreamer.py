@@ -1700,7 +1700,7 @@ def test_every_python_block_of_the_readme_runs(number, undisturbed, tmp_path, mo
     monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
     monkeypatch.setattr("gymnasium.utils.play.play", lambda env, **options: env.reset(seed=0))
     Path("block.py").write_text(block)
-    # A block may put its own networks in the place of these
+    # A block may put its own heads in the place of these
     for name in ("TwoHotHead", "Critic"):
         monkeypatch.setattr(dreamer, name, getattr(dreamer, name))
     runpy.run_path("block.py")
