@@ -7,7 +7,7 @@ The sections carry the lesson's numbers; the algorithm is DreamerV3 (arXiv:2301.
 Begin with `Agent` in 4.1 and the loop in 4.3, which show the whole; then read from the top.
 
 Shapes    B batch   T time   N starts of imagination   H horizon   A action   E embedding
-          D = |h|   S groups of K classes, so |z| = S*K; or S gaussians   feat = (h, z), F = |feat|
+          D = |h|   S groups of K classes, |z| = Z = S*K; or S gaussians   feat = (h, z), F = |feat|
           Real sequences are batch first, [B, T, ...]; imagined ones time first, [H+1, N, ...].
 
 Time      row t : prev_action a_{t-1} | obs o_t | reward r_t | terminated_t | is_first_t | is_last_t
@@ -69,13 +69,13 @@ def explain(where: str):
     try:
         yield
     except Exception as error:
-        raise DreamerError(f"{where}: {error or repr(error)}") from error
+        raise DreamerError(f"{where}: {str(error) or repr(error)}") from error
 
 @dataclass
 class Config:
-    """Options of a run; DreamerError for impossible ones. Or: --resume RUN, or --eval RUN."""
+    """Options of a run; DreamerError for impossible numbers. Or: --resume RUN, or --eval RUN."""
     env: str = "CartPole-v1"  # Gymnasium id; module:Id imports the module first
-    preset: Literal["v1", "v2", "v3"] = "v3"  # whose choices are the defaults: see SETTINGS
+    preset: Literal["v1", "v2", "v3"] = "v3"  # the paper whose choices replace the defaults
     seed: int = 0  # seed of weights, actions, batches and episodes
     steps: int = 5_000  # environment steps of the agent; the last episode is played out
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes cuda where there is one
@@ -88,7 +88,7 @@ class Config:
     batch_size: int = 8  # B, sequences in a batch
     batch_length: int = 16  # T, steps in a sequence
     capacity: int = 100_000  # steps kept in the replay buffer, 12 kB each
-    depth: int = 8  # the CNN has 2 and 8 times as many channels
+    depth: int = 8  # the CNN's two layers have 2 and 8 times as many channels
     hidden: int = 128  # D, size of the recurrent state h
     groups: int = 16  # S, variables in z
     classes: int = 8  # K, classes of each of them, if they are categorical
@@ -100,15 +100,15 @@ class Config:
     latent: Literal["categorical", "gaussian"] = "categorical"  # what z is drawn from
     lr: float = 1.5e-3  # learning rate of each part; falls to 0 in the last third
     max_grad_norm: float = 10.0  # norm that the gradient of each part is clipped to
-    starts: int = 32  # N, random states of a batch to dream from; all teach little more
+    starts: int = 32  # N, random states of a batch to dream from; more teach little more
     horizon: int = 15  # H, imagined steps
     gamma: float = 0.99  # discount of a step
     lam: float = 0.95  # lambda of the lambda-return
     actor_grad: Literal["reinforce", "dynamics"] = "reinforce"  # what teaches the actor
     entropy: float = 3e-3  # eta, weight of the actor's entropy
-    model_rate: float = 0.1  # share that the slow world model takes over; 1: it is the model
-    critic_rate: float = 0.1  # share that the slow critic takes over; 1: it is the critic
-    return_rate: float = 0.01  # share of new returns in their running range; 0: not divided by it
+    model_rate: float = 0.1  # the slow world model takes over this share of the new weights; 1: all
+    critic_rate: float = 0.1  # the same for the slow critic
+    return_rate: float = 0.01  # share of new returns in their running range; 0: not divided
     log_every: int = 500  # steps between lines of metrics.jsonl
     eval_every: int = 2_000  # steps between evaluations
     eval_episodes: int = 5  # episodes of an evaluation during training
@@ -148,7 +148,7 @@ def sg(x: Tensor) -> Tensor:
     return x.detach()
 
 def symlog(x: Tensor) -> Tensor:
-    """sign(x) ln(1 + |x|): like x near 0, compresses what is large (DreamerV3)."""
+    """sign(x) ln(1 + |x|): compresses what is large. DreamerV3's for vectors; frames need none."""
     return torch.sign(x) * torch.log1p(torch.abs(x))
 
 def symexp(x: Tensor) -> Tensor:
@@ -189,7 +189,7 @@ def mlp(inputs: int, units: int, layers: int, outputs: int, outscale: float = 1.
 class PixelEnv(gym.Wrapper):
     """Any registered Gymnasium environment through its pixels, uint8 [64, 64, 3]; Box actions
     in [-1, 1]; `row` is the newest row of the time diagram. Errors become a DreamerError."""
-    spec = None  # gym.make would not give the same again
+    spec = None  # its id names the environment without pixels
 
     def __init__(self, env_id: str, action_repeat: int = 1):
         self.env_id, self.action_repeat = env_id, action_repeat
@@ -322,7 +322,7 @@ class RSSM(nn.Module):
         return (one_hot + (params - sg(params))).flatten(-2)  # the bracket is 0
 
     def img_step(self, feat: Tensor, action: Tensor) -> Tensor:
-        """One step without a frame: the next (h, z), z from the prior."""
+        """An imagined step, without a frame: the next (h, z), z from the prior."""
         h = self.recur(feat, action)
         return torch.cat([h, self.sample(self.prior(h))], -1)
 
@@ -336,7 +336,7 @@ class RSSM(nn.Module):
         """Sequences [B,T,...] -> (h, z) [B,T,F], posterior, prior [B,T,S,K]. is_first: from 0."""
         keep = (~is_first).float().unsqueeze(-1)  # [B,T,1]
         rows = embed.unbind(1), (prev_action * keep).unbind(1), keep.unbind(1)
-        feat, steps = self.initial(len(embed)), []  # even in mid-episode
+        feat, steps = self.initial(len(embed)), []  # zeros, even in mid-episode
         for embed_t, prev_action_t, keep_t in zip(*rows, strict=True):
             feat, post = self.obs_step(feat * keep_t, prev_action_t, embed_t)
             steps.append((feat, post))
@@ -474,7 +474,7 @@ def update_world_model(agent: Agent, batch: dict[str, Tensor]) -> tuple[Tensor, 
 
 # %% [markdown]
 # # Section 3: Behavior Learning
-# From states of the batch the actor dreams H steps in the slow model; the critic, v, foresees R.
+# From states that the world model inferred the actor dreams on in its slow copy; v is the critic.
 # - Eq. 3.1 `a_t ~ pi(. | h_t, z_t)`, `h_{t+1} = f(h_t, z_t, a_t)`, `z_{t+1} ~ p(. | h_{t+1})`
 # - Eq. 3.2 `R_t = r_{t+1} + gamma c_{t+1} ((1 - lam) v_{t+1} + lam R_{t+1})`, `R_H = v_H`
 # - Eq. 3.3 `w_t = c_0 (gamma c_1) ... (gamma c_t)`: the dream counts while it is alive
@@ -512,15 +512,15 @@ def return_scale(return_range: Tensor, returns: Tensor, rate: float) -> Tensor:
     return (return_range[1] - return_range[0]).clamp(min=1.0)
 
 # %% 3.4 Actor and critic losses, behavior update step
-def update_behavior(agent: Agent, feat: Tensor) -> dict[str, Tensor]:
+def update_behavior(agent: Agent, start: Tensor) -> dict[str, Tensor]:
     """Dream from states (h, z) [N,F]; then a step of the actor, and one of the critic."""
     config, model, actor, critic = agent.config, agent.slow_model, agent.actor, agent.critic
     dynamics = config.actor_grad == "dynamics"
     with torch.set_grad_enabled(dynamics):  # REINFORCE needs the gradient of ln pi alone
-        feat, action = imagine(model, actor, feat, config.horizon)  # [H+1,N,F], [H,N,A]
+        feat, action = imagine(model, actor, start, config.horizon)  # [H+1,N,F], [H,N,A]
         reward, cont = model.predict(feat)  # each [H+1,N]
         slow_value = agent.slow_critic(feat)  # [H+1,N]
-        value = slow_value if dynamics else critic(feat)  # [H+1,N]; frozen: passes gradients on
+        value = slow_value if dynamics else critic(feat)  # [H+1,N]; frozen: gradients only pass
     returns = lambda_return(reward, value, cont, config.gamma, config.lam)  # [H,N] Eq. 3.2
     weight = torch.cat([cont[:1], config.gamma * cont[1:-1]]).cumprod(0)  # [H,N] Eq. 3.3
     scale = return_scale(agent.return_range, sg(returns), config.return_rate)  # [] Eq. 3.4
@@ -583,7 +583,7 @@ def play(agent: Agent, env: PixelEnv, seed: int, chance: float = 0.0) -> list[di
     env.reset(seed=seed)
     rows, state, at_random = [env.row], None, 0
     while not env.row["is_last"]:
-        at_random = 15 if torch.rand(()) < chance else at_random - 1  # so that poles do fall
+        at_random = 15 if torch.rand(()) < chance else at_random - 1  # else few fail
         action, (feat, _) = agent.act(env.row["obs"], state)
         env.step(env.action_space.sample() if at_random > 0 else action)
         state = feat, feat.new_tensor(env.row["prev_action"])[None]  # the one that was taken
@@ -603,7 +603,7 @@ def train(config: Config, resume: str | Path | None = None, agent: Agent | None 
     name = config.env.replace(":", "-").replace("/", "-")  # Windows allows neither
     folder = Path(config.runs) / f"{name}-{config.seed}" if resume is None else Path(resume)
     if resume is None and (folder / "checkpoint.pt.gz").exists():
-        raise DreamerError(f"{folder} exists: --resume it, or choose another --seed or --runs")
+        raise DreamerError(f"{folder} exists: --resume or delete it, or change --seed or --runs")
     torch.manual_seed(config.seed)
     env = PixelEnv(config.env, config.action_repeat)
     agent = agent or Agent(env.action_space, config)
@@ -697,7 +697,7 @@ def load_checkpoint(agent: Agent, replay: ReplayBuffer, log: Log) -> tuple[int, 
     state = read_checkpoint(log.folder)
     agent.load_state_dict(state["agent"])
     agent.optimizer.load_state_dict(state["optimizer"])
-    columns = [x.numpy() for x in state["rows"].values()]
+    columns = [map(np.copy, x.numpy()) for x in state["rows"].values()]  # to be freed one by one
     replay.rows = [dict(zip(state["rows"], row, strict=True)) for row in zip(*columns, strict=True)]
     log.lines, log.start = state["lines"], log.start - state["seconds"]
     torch.set_rng_state(state["random"])
@@ -707,14 +707,14 @@ def load_agent(path: str | Path, device: str = "auto") -> Agent:
     """The agent in a run's folder or checkpoint file, for `agent.act` and `evaluate`."""
     state = read_checkpoint(path)
     config = Config(**state["config"] | {"device": device})
-    with closing(PixelEnv(config.env)) as env:
+    with closing(PixelEnv(config.env)) as env, explain(f"the agent of {path}"):
         agent = Agent(env.action_space, config)
-    agent.load_state_dict(state["agent"])
-    return agent
+        agent.load_state_dict(state["agent"])
+        return agent
 
 # %% [markdown]
 # # Section 5: Self-Evaluation Metrics
-# From states of unseen episodes the prior dreams M steps on, under the actions that were taken.
+# From states of unseen episodes the prior dreams on, M = max(H, 50) steps, with the actions taken.
 # A hat marks what was dreamed; alive_k is 1 until the real episode has terminated, then 0.
 # - Eq. 5.1 `reward_rho = corr(hat c_1 ... hat c_{k-1} hat r_k, alive_{k-1} r_k)`, k <= H
 # - Eq. 5.2 `return_rho`: the same, of sums over k <= H discounted by `gamma^{k-1}`
@@ -840,7 +840,7 @@ def main(argv: list[str] | None = None) -> int:
             train(tyro.cli(Config, args=argv, default=default))
         return 0
     except (DreamerError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        print("dreamer.py: error:", " ".join(str(error).split()), file=sys.stderr)
+        print("dreamer.py: error:", " ".join((str(error) or repr(error)).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ndreamer.py: stopped; --resume goes on with a run", file=sys.stderr)

@@ -1102,7 +1102,7 @@ BAD_INPUT = [
     (["--hidden", "1000000000"], "networks on --device cpu: "),
     (["--eval", "broken.pt"], "broken.pt holds no checkpoint"),
     (["--eval", "foreign.pt"], "foreign.pt holds no checkpoint"),
-    (["--runs", "."], "exists: --resume it, or choose another --seed or --runs"),
+    (["--runs", "."], "exists: --resume or delete it, or change --seed or --runs"),
     (["--runs", "broken.pt"], "broken.pt"),
 ]
 
@@ -1315,7 +1315,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path, undistu
     (folder / "config.json").write_text("{")
     (folder / "new.pt.gz").write_bytes(b"half")
     same_run(undisturbed, train(config))
-    with pytest.raises(DreamerError, match="exists: --resume it"):
+    with pytest.raises(DreamerError, match="exists: --resume or delete it"):
         train(config)
 
 
@@ -1438,6 +1438,33 @@ def test_memory_that_the_machine_has_not_got_ends_in_one_line(tmp_path, monkeypa
     monkeypatch.setattr(ReplayBuffer, "sample", lambda *args: greedy(*args[1:]))
     assert dreamer.main(["--runs", str(tmp_path), *flags(SMALL)]) == 2
     assert capsys.readouterr().err.strip().endswith("error: Unable to allocate 9 TiB")
+
+
+def test_an_error_without_a_message_is_called_by_its_name(monkeypatch, capsys):
+    with pytest.raises(DreamerError, match=r"^here: AssertionError\(\)$"), dreamer.explain("here"):
+        raise AssertionError
+
+    def greedy(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(dreamer, "train", greedy)
+    assert dreamer.main([]) == 2
+    assert capsys.readouterr().err.strip() == "dreamer.py: error: MemoryError()"
+
+
+def test_a_checkpoint_of_other_networks_ends_in_one_line(undisturbed, monkeypatch, capsys):
+    def deeper(*sizes, layers):
+        return dreamer.TwoHotHead(*sizes, layers + 1)
+
+    monkeypatch.setattr(dreamer, "Critic", deeper)
+    assert dreamer.main(["--eval", str(undisturbed), "--device", "cpu"]) == 2
+    assert f"error: the agent of {undisturbed}: Error(s) in loading" in capsys.readouterr().err
+
+
+def test_rows_of_a_resumed_run_are_freed_one_by_one(undisturbed):
+    agent, replay = load_agent(undisturbed, "cpu"), ReplayBuffer(1_000)
+    dreamer.load_checkpoint(agent, replay, dreamer.Log(undisturbed))
+    assert replay.rows and all(x.base is None for row in replay.rows for x in row.values())
 
 
 # Section 5: self-evaluation metrics
