@@ -148,7 +148,7 @@ def sg(x: Tensor) -> Tensor:
     return x.detach()
 
 def symlog(x: Tensor) -> Tensor:
-    """sign(x) ln(1 + |x|): compresses what is large. DreamerV3's for vectors; frames need none."""
+    """sign(x) ln(1 + |x|): compresses what is large. DreamerV3 has it for vectors, not frames."""
     return torch.sign(x) * torch.log1p(torch.abs(x))
 
 def symexp(x: Tensor) -> Tensor:
@@ -474,7 +474,7 @@ def update_world_model(agent: Agent, batch: dict[str, Tensor]) -> tuple[Tensor, 
 
 # %% [markdown]
 # # Section 3: Behavior Learning
-# From states that the world model inferred the actor dreams on in its slow copy; v is the critic.
+# From inferred states the actor dreams H steps in the world model's slow copy; v is the critic.
 # - Eq. 3.1 `a_t ~ pi(. | h_t, z_t)`, `h_{t+1} = f(h_t, z_t, a_t)`, `z_{t+1} ~ p(. | h_{t+1})`
 # - Eq. 3.2 `R_t = r_{t+1} + gamma c_{t+1} ((1 - lam) v_{t+1} + lam R_{t+1})`, `R_H = v_H`
 # - Eq. 3.3 `w_t = c_0 (gamma c_1) ... (gamma c_t)`: the dream counts while it is alive
@@ -583,7 +583,7 @@ def play(agent: Agent, env: PixelEnv, seed: int, chance: float = 0.0) -> list[di
     env.reset(seed=seed)
     rows, state, at_random = [env.row], None, 0
     while not env.row["is_last"]:
-        at_random = 15 if torch.rand(()) < chance else at_random - 1  # else few fail
+        at_random = 15 if torch.rand(()) < chance else at_random - 1  # else few episodes fail
         action, (feat, _) = agent.act(env.row["obs"], state)
         env.step(env.action_space.sample() if at_random > 0 else action)
         state = feat, feat.new_tensor(env.row["prev_action"])[None]  # the one that was taken
