@@ -7,13 +7,13 @@ The sections carry the lesson's numbers. The algorithm is DreamerV3 (arXiv:2301.
 Begin with the loop in 4.2 and the agent in 1.6, then read from the top.
 
 Shapes    B batch   T time   N starts of imagination   H horizon   A action   E embedding
-          D = |h|   S groups of K classes   Z = |z| = S * K   feat = (h, z)   F = |feat|
-          Real sequences are [B, T, ...]. Imagined ones are time first, [H+1, N, ...].
+          D size of h   S groups of K classes   Z = S * K size of z   feat = (h, z)   F = D + Z
+          Real sequences are [B, T, ...]. Section 3 imagines, time first: [H+1, N, ...].
 
-Time      row t : prev_action a_{t-1} | obs o_t | reward r_t | terminated_t | is_first_t
-          Eq. 1.1   h_t = f(h_{t-1}, z_{t-1}, a_{t-1})   recurrent state, the papers' deter
-          Eq. 1.2   z_t ~ q(. | h_t, o_t)                posterior, saw the frame; stoch
-          Eq. 1.3   z_t ~ p(. | h_t)                     prior, did not, and so can dream
+Time      row t : prev_action a_{t-1} | obs o_t | reward r_t | terminated, is_first, is_last
+          Eq. 1.1   h_t = f(h_{t-1}, z_{t-1}, a_{t-1})   recurrent state (the papers: deter)
+          Eq. 1.2   z_t ~ q(. | h_t, o_t)                posterior: has seen the frame (stoch)
+          Eq. 1.3   z_t ~ p(. | h_t)                     prior: has not, so it can dream
           o_t, r_t and c_t = 1 - terminated_t are predicted from (h_t, z_t).
           The action in row t led to o_t. An episode's first row has action and reward 0.
 
@@ -47,7 +47,7 @@ from torch import Tensor, nn
 from torch import distributions as td
 from tqdm import tqdm
 
-sg = Tensor.detach  # stop-gradient: searching for `sg(` lists every cut in the losses
+sg = Tensor.detach  # stop-gradient: marks each cut in a loss, also where no_grad cuts already
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # environments draw without a screen,
 os.environ.setdefault("SDL_NO_SIGNAL_HANDLERS", "1")  # and leave Ctrl-C to Python
 
@@ -56,41 +56,41 @@ os.environ.setdefault("SDL_NO_SIGNAL_HANDLERS", "1")  # and leave Ctrl-C to Pyth
 class Config:
     """Train an agent from pixels, go on with a run, or measure its agent."""
 
-    eval: str = ""  # folder of a run: measure its agent, do not train
-    resume: bool = False  # go on with the run of the same command
+    eval: str = ""  # folder of a run to measure; takes --episodes, --seed, --device
+    resume: bool = False  # continue the stopped run of this command
     env: str = "CartPole-v1"  # Gymnasium id; module:Id imports the module
-    seed: int = 0  # of weights, actions, batches and episodes
-    steps: int = 5_000  # environment steps; the last episode is played out
+    seed: int = 0  # seed of weights, actions, batches and episodes
+    steps: int = 5_000  # steps of the agent; the last episode is played out
     device: str = "cpu"  # or cuda, or mps
-    threads: int = 1  # CPU threads; more help large networks
+    threads: int = 1  # CPU threads; only large networks gain from more
     runs: str = "runs"  # folder for results; a run writes to RUNS/ENV-SEED
-    action_repeat: int = 1  # steps for which an action is held
+    action_repeat: int = 1  # environment steps for which an action is held
 
-    prefill: int = 1_500  # steps before the first update, nearly random
+    prefill: int = 1_500  # steps of the untrained actor before the first update
     pretrain: int = 750  # updates of the world model alone
     train_ratio: float = 64.0  # replayed steps for each step after the prefill
     batch_size: int = 8  # B, sequences in a batch
     batch_length: int = 16  # T, steps in a sequence
     capacity: int = 100_000  # steps in the replay buffer, 12 kB each
-    depth: int = 8  # the CNN's layers have 2 and 8 times as many channels
+    depth: int = 8  # the CNN has 2 * depth and 8 * depth channels
     hidden: int = 128  # D, size of the recurrent state h
     groups: int = 16  # S, categorical variables in z
-    classes: int = 8  # K, classes of each of them
+    classes: int = 8  # K, classes of each variable in z
     units: int = 128  # width of the hidden layers of every MLP
     unimix: float = 0.01  # share of the uniform distribution in z
-    free_nats: float = 0.1  # KL of a step that is not penalised
+    free_nats: float = 0.1  # KL of a step, in nats, that is not penalised
     scale_dyn: float = 1.0  # weight of the KL that trains the prior
     scale_rep: float = 0.05  # weight of the KL that trains the posterior
     lr: float = 1.5e-3  # learning rate; falls to 0 in the last third
 
-    starts: int = 32  # N, random states of a batch to dream from
+    starts: int = 32  # N, states of each batch from which dreams start
     horizon: int = 25  # H, imagined steps
     gamma: float = 0.99  # discount of a step
     lam: float = 0.95  # lambda of the lambda-return
     entropy: float = 3e-3  # eta, weight of the actor's entropy
-    critic_rate: float = 0.1  # speed of the slow critic
-    return_rate: float = 0.01  # speed of the range of returns; 0: no division
-    eval_every: int = 1_000  # steps between evaluations and checkpoints
+    critic_rate: float = 0.1  # share of the critic that the slow critic takes on
+    return_rate: float = 0.01  # how fast the range of returns follows; 0: not scaled
+    eval_every: int = 1_000  # steps between evaluations, each with a checkpoint
     episodes: int = 5  # episodes of an evaluation
     held_out: int = 1_000  # unseen steps for the metrics of Section 5
 
@@ -98,7 +98,7 @@ class Config:
         for name, value in asdict(self).items():
             low = int(isinstance(value, int) and name not in ("resume", "seed", "pretrain"))
             if not isinstance(value, str) and not low <= value <= 10**9:
-                raise ValueError(f"{name} must be at least {low}, and finite, not {value}")
+                raise ValueError(f"{name} must lie between {low} and 10**9, not {value}")
         if max(self.unimix, self.gamma, self.lam, self.critic_rate, self.return_rate) > 1:
             raise ValueError("unimix, gamma, lam, critic_rate and return_rate must not exceed 1")
         if self.batch_length > min(self.prefill, self.capacity) or self.prefill >= self.steps:
@@ -132,20 +132,20 @@ def twohot_encode(x: Tensor, bins: Tensor) -> Tensor:
 def twohot_decode(logits: Tensor, bins: Tensor) -> Tensor:
     """Logits [..., bins] -> mean of the bins [...]."""
     terms = torch.softmax(logits, -1) * bins
-    # Add each bin to its mirror image first: the huge outer bins cancel exactly.
+    # The sum counts every bin twice, so that the huge outer bins cancel exactly.
     return (terms + terms.flip(-1)).sum(-1) / 2
 
 
 def init_weights(module: nn.Module) -> None:
     """Weights of variance 1 / fan-in, three times PyTorch's; zero biases."""
     if isinstance(module, nn.Linear | nn.Conv2d):
-        std = 1.1368 / module.weight[0].numel() ** 0.5  # makes up for tails cut at two sigma
+        std = 1.1368 / module.weight[0].numel() ** 0.5  # 1.1368: tails are cut
         nn.init.trunc_normal_(module.weight, 0.0, std, -2 * std, 2 * std)
         nn.init.zeros_(module.bias)
 
 
 def mlp(inputs: int, units: int, layers: int, outputs: int, outscale=1.0) -> nn.Sequential:
-    """Hidden layers, then a linear one whose weights are scaled."""
+    """Hidden layers, then a linear layer; with outscale 0 it starts at zero."""
     network = nn.Sequential()
     for _ in range(layers):
         network.extend([nn.Linear(inputs, units), nn.LayerNorm(units), nn.SiLU()])
@@ -157,7 +157,7 @@ def mlp(inputs: int, units: int, layers: int, outputs: int, outscale=1.0) -> nn.
 
 # %% 1.2 Encoder and decoder
 class NormSiLU(nn.LayerNorm):
-    """Layer norm over the channels of [N, C, H, W], then SiLU."""
+    """Layer norm over the channels of [., C, height, width], then SiLU."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = super().forward(x.permute(0, 2, 3, 1))
@@ -169,10 +169,10 @@ class Encoder(nn.Sequential):
 
     def __init__(self, depth: int):
         few, many = 2 * depth, 8 * depth
-        self.embed_size = many * 4 * 4
         to_16x16 = nn.Conv2d(3, few, 8, stride=4, padding=2)
         to_4x4 = nn.Conv2d(few, many, 4, stride=4)
         super().__init__(to_16x16, NormSiLU(few), to_4x4, NormSiLU(many), nn.Flatten())
+        self.embed_size = many * 4 * 4
         self.apply(init_weights)
 
     def forward(self, obs: Tensor) -> Tensor:
@@ -217,8 +217,8 @@ class RSSM(nn.Module):
         D, units, Z = config.hidden, config.units, config.groups * config.classes
         self.shape = config.groups, config.classes
         self.hidden, self.feat_size = D, D + Z
-        self.kl = kl_divergence
-        self.unimix = max(config.unimix, 1e-6)  # the KL has no logarithm of 0
+        self.kl = kl_divergence  # of its z; another RSSM may have another
+        self.unimix = max(config.unimix, 1e-6)  # the KL never takes the logarithm of 0
 
         layer = nn.Linear(Z + action_size, units), nn.LayerNorm(units), nn.SiLU()
         self.inputs = nn.Sequential(*layer)
@@ -234,11 +234,11 @@ class RSSM(nn.Module):
     def recur(self, feat: Tensor, prev_action: Tensor) -> Tensor:
         """Eq. 1.1, a GRU with layer norm: the next h [., D]."""
         h, z = feat[..., : self.hidden], feat[..., self.hidden :]
-        x = self.inputs(torch.cat([z, prev_action.clamp(-1, 1)], -1))
+        x = self.inputs(torch.cat([z, prev_action.clamp(-1, 1)], -1))  # as PixelEnv clips
 
         reset, candidate, update = self.gates(torch.cat([x, h], -1)).chunk(3, -1)
         candidate = torch.tanh(torch.sigmoid(reset) * candidate)
-        update = torch.sigmoid(update - 1)  # the -1 lets it remember at first
+        update = torch.sigmoid(update - 1)  # the -1: at first h keeps most of its past
         return update * candidate + (1 - update) * h
 
     def params(self, outputs: Tensor) -> Tensor:
@@ -271,7 +271,7 @@ class RSSM(nn.Module):
 
     def observe(self, embed: Tensor, prev_action: Tensor, is_first: Tensor):
         """Sequences [B, T, .] -> (h, z) [B, T, F], posterior, prior [B, T, S, K].
-        At an episode's first row the state and the action are reset to zero."""
+        State and action are zero at the first row of an episode, the state also of a sequence."""
         keep = (~is_first).float().unsqueeze(-1)  # [B, T, 1]
         prev_action = prev_action * keep
         feat, feats, posts = self.initial(len(embed)), [], []
@@ -287,7 +287,7 @@ class RSSM(nn.Module):
 
 # %% 1.4 Heads, actor and critic
 class TwoHotHead(nn.Module):
-    """Predicts a distribution over 255 bins; its mean [...] is the number."""
+    """Predicts a number as a distribution over 255 bins; gives its mean [...]."""
 
     def __init__(self, feat_size: int, units: int, layers: int):
         super().__init__()
@@ -333,7 +333,7 @@ def small_frame(image) -> np.ndarray:
     if frame.dtype.kind in "fb":
         frame = 255 * frame
     if frame.ndim not in (2, 3) or not 0 <= frame.min() <= frame.max() <= 255:
-        raise ValueError(f"render() gave {type(image).__name__} {frame.shape}, not one frame")
+        raise ValueError(f"render() gave {type(image).__name__} {frame.shape}, no frame in 0...255")
     frame = Image.fromarray(frame.astype(np.uint8)).convert("RGB")
     return np.array(frame.resize((64, 64), Image.Resampling.BOX))
 
@@ -349,7 +349,7 @@ class PixelEnv(gym.Wrapper):
                 env = gym.wrappers.TimeLimit(env, 1_000)
             self.discrete = isinstance(env.action_space, Discrete)
             if not self.discrete:  # only a bounded Box is accepted
-                one = env.action_space.dtype.type(1)
+                one = env.action_space.dtype.type(1)  # the bounds have the type of the Box
                 env = gym.wrappers.RescaleAction(env, -one, one)
             super().__init__(env)
         self.observation_space = Box(0, 255, (64, 64, 3), np.uint8)
@@ -388,7 +388,8 @@ class PixelEnv(gym.Wrapper):
 
 # %% 1.6 The models: initialised, or given
 class Agent(nn.Module):
-    """World model (2.1), actor, critic, and a slow copy of the critic."""
+    """World model (2.1), actor, critic, and a slow copy of the critic.
+    An encoder or RSSM of an earlier lesson can be given: with methods and sizes as above."""
 
     def __init__(self, action_space: gym.Space, config: Config, encoder=None, rssm=None):
         super().__init__()
@@ -410,7 +411,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def act(self, obs: np.ndarray, state: tuple | None = None, explore: bool = False):
-        """Frame uint8 [64, 64, 3], state -> action (most likely, or drawn to explore), state."""
+        """Frame uint8 [64, 64, 3], state -> action, new state. To explore, the action is drawn."""
         model, obs = self.world_model, torch.as_tensor(obs, device=self.config.device)
         if state is None:  # (h, z) [1, F] and the action [1, A] before an episode
             state = model.rssm.initial(1), obs.new_zeros(1, flatdim(self.action_space)).float()
@@ -431,19 +432,19 @@ def stack_rows(rows: list[dict]) -> dict[str, Tensor]:
 class ReplayBuffer:
     """The last `capacity` rows in the order in which they came."""
 
-    def __init__(self, capacity: int, device: str = "cpu", rows: list[dict] = ()):
-        self.capacity, self.device, self.rows = capacity, device, list(rows)
+    def __init__(self, capacity: int, device: str = "cpu"):
+        self.capacity, self.device, self.rows = capacity, device, []
 
     def add(self, row: dict) -> None:
         self.rows.append(row)
         del self.rows[: -self.capacity]
 
     def sample(self, batch_size: int, length: int) -> dict[str, Tensor]:
-        """Windows [B, T, ...]: the later of two random starts, so recent rows are favoured."""
+        """Sequences [B, T, ...], each from the later of two random starts: new rows count more."""
         starts = torch.randint(len(self.rows) - length + 1, (2, batch_size)).amax(0).tolist()
         rows = [row for start in starts for row in self.rows[start : start + length]]
-        columns = stack_rows(rows).items()
-        return {name: x.unflatten(0, (-1, length)).to(self.device) for name, x in columns}
+        columns = stack_rows(rows)
+        return {name: x.unflatten(0, (-1, length)).to(self.device) for name, x in columns.items()}
 
 
 # %% [markdown]
@@ -458,7 +459,7 @@ class ReplayBuffer:
 
 # %% 2.1 World model loss
 class WorldModel(nn.Module):
-    """All that learns from real rows."""
+    """Encoder, RSSM, decoder and heads: the parts that learn from real rows."""
 
     def __init__(self, action_size: int, config: Config, encoder=None, rssm=None):
         super().__init__()
@@ -468,7 +469,7 @@ class WorldModel(nn.Module):
         feat_size = self.rssm.feat_size
         self.decoder = Decoder(feat_size, config.depth)
         self.reward_head = TwoHotHead(feat_size, config.units, layers=1)
-        self.cont_head = mlp(feat_size, config.units, 1, 1)  # the logit of c
+        self.cont_head = mlp(feat_size, config.units, 1, 1)  # continue head: the logit of c
 
     def predict(self, feat: Tensor) -> tuple[Tensor, Tensor]:
         """(h, z) -> reward, and probability that the episode goes on."""
@@ -476,6 +477,7 @@ class WorldModel(nn.Module):
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, dict]:
         """Rows [B, T, ...] -> loss [], states (h, z) [B, T, F], metrics."""
+        config = self.config
         embed = self.encoder(batch["obs"])  # [B, T, E]
         feat, post, prior = self.rssm.observe(embed, batch["prev_action"], batch["is_first"])
 
@@ -485,7 +487,6 @@ class WorldModel(nn.Module):
         dyn = self.rssm.kl(sg(post), prior)  # [B, T]
         rep = self.rssm.kl(post, sg(prior))  # [B, T]
 
-        config = self.config
         losses = {  # each [B, T]
             "recon": error.square().sum((-3, -2, -1)),  # Eq. 2.1
             "reward": self.reward_head.loss(feat, batch["reward"]),  # Eq. 2.2
@@ -508,7 +509,7 @@ def gradient_step(agent: Agent, part: str, loss: Tensor) -> Tensor:
     weights = optimizer.param_groups[0]["params"]
     optimizer.param_groups[0]["lr"] = agent.lr
     optimizer.zero_grad()
-    loss.backward(inputs=weights)
+    loss.backward(inputs=weights)  # no gradient for any other part
     with explain(f"the loss of the {part} is {loss:.3g}"):
         norm = nn.utils.clip_grad_norm_(weights, max_norm=10.0, error_if_nonfinite=True)
     optimizer.step()
@@ -554,7 +555,7 @@ def lambda_return(reward: Tensor, value: Tensor, cont: Tensor, gamma: float, lam
     for t in reversed(range(len(value) - 1)):
         mixed = (1 - lam) * value[t + 1] + lam * returns[-1]
         returns.append(reward[t + 1] + gamma * cont[t + 1] * mixed)
-    return torch.stack(returns[:0:-1])  # in the order of time, without R_H
+    return torch.stack(returns[1:][::-1])  # in the order of time, without R_H
 
 
 # %% 3.3 Actor and critic losses, behavior update step
@@ -592,9 +593,8 @@ def update_behavior(agent: Agent, start: Tensor) -> dict[str, Tensor]:
     assert objective.shape == error.shape == weight.shape
     gradient_step(agent, "actor", actor_loss)
     gradient_step(agent, "critic", critic_loss)
-    # slow <- (1 - rate) slow + rate fast
     for slow, fast in zip(agent.slow_critic.parameters(), agent.critic.parameters(), strict=True):
-        slow.lerp_(sg(fast), config.critic_rate)
+        slow.lerp_(sg(fast), config.critic_rate)  # slow <- (1 - rate) slow + rate fast
 
     metrics = {"actor": actor_loss, "critic": critic_loss, "entropy": entropy}
     metrics |= {"value": value, "return": returns, "return_scale": scale}
@@ -603,12 +603,12 @@ def update_behavior(agent: Agent, start: Tensor) -> dict[str, Tensor]:
 
 # %% [markdown]
 # # Section 4: Training Loop
-# Exploration is the randomness of the actor, which its entropy (Eq. 3.5) keeps up.
+# Acting, world model updates and behavior updates alternate. The actor's randomness explores.
 
 
 # %% 4.1 Playing an episode, to evaluate
 def play(agent: Agent, env: PixelEnv, seed: int, noise: float = 0.0) -> list[dict]:
-    """Rows of an episode of most likely actions, a share `noise` random."""
+    """Play an episode, a share `noise` of the actions random, and return its rows."""
     env.reset(seed=seed)
     rows, state = [env.row], None
     while not env.row["is_last"]:
@@ -621,7 +621,7 @@ def play(agent: Agent, env: PixelEnv, seed: int, noise: float = 0.0) -> list[dic
 
 # %% 4.2 The training loop
 def updates_due(config: Config, step: int) -> int:
-    """By default 750 updates at step 1,500, then one every two steps."""
+    """Updates in all by this step: by default 750 at 1,500, then one every two steps."""
     past_prefill = min(step, config.steps) - config.prefill
     updates = past_prefill * config.train_ratio / (config.batch_size * config.batch_length)
     return config.pretrain + int(updates) if past_prefill >= 0 else 0
@@ -630,7 +630,7 @@ def updates_due(config: Config, step: int) -> int:
 def train(config: Config, agent: Agent | None = None) -> Path:
     """Train a new agent, or a given one by its own config; returns the run's folder."""
     config = agent.config if agent else config
-    run = f"{config.env}-{config.seed}".replace(":", "-").replace("/", "-")  # for Windows
+    run = f"{config.env}-{config.seed}".replace(":", "-").replace("/", "-")  # a name for any system
     folder = Path(config.runs, run)
     if not config.resume and (folder / "checkpoint.pt").exists():
         raise ValueError(f"{folder} exists: --resume or delete it, or change --seed or --runs")
@@ -640,7 +640,7 @@ def train(config: Config, agent: Agent | None = None) -> Path:
     agent = agent or Agent(env.action_space, config)
     replay, log = ReplayBuffer(config.capacity, config.device), Log(folder)
     step, episode, updates = load_checkpoint(agent, replay, log) if config.resume else (0, 0, 0)
-    print(f"Results: {folder}. After a stop, the same command with --resume goes on.")
+    print(f"Results: {folder}. The same command with --resume goes on from a checkpoint.")
 
     with env, tqdm(total=updates_due(config, config.steps), initial=updates, unit="update") as bar:
         while step < config.steps:
@@ -649,7 +649,7 @@ def train(config: Config, agent: Agent | None = None) -> Path:
             state, score, begin = None, 0.0, step
 
             while not env.row["is_last"]:
-                # Act, with exploration, and remember.
+                # Act, with exploration: the action is drawn. Then remember.
                 action, state = agent.act(env.row["obs"], state, explore=True)
                 env.step(action)
                 replay.add(env.row)
@@ -668,18 +668,18 @@ def train(config: Config, agent: Agent | None = None) -> Path:
 
             # Evaluate, log, save. Between episodes the environment has no state to save.
             episode += 1
-            log.add({"env/return": score, "env/length": step - begin})
+            log.write({"env/step": step, "wm/updates": updates, "env/return": float(score)})
             bar.set_postfix(step=step, episode_return=score)
             if step >= config.steps or step // config.eval_every > begin // config.eval_every:
-                log.add(evaluate(agent, config.episodes, config.seed))
-                log.write({"env/step": step, "env/episodes": episode, "wm/updates": updates})
+                log.write({"env/step": step} | evaluate(agent, config.episodes, config.seed))
+                log.draw()
                 save_checkpoint(agent, replay, log, step, episode, updates)
     return folder
 
 
 # %% 4.3 Log and curves
 class Log:
-    """The lines of metrics.jsonl. Each holds the means since the line before."""
+    """The lines of metrics.jsonl: one an episode, one an evaluation."""
 
     def __init__(self, folder: Path):
         self.folder, self.lines, self.values = folder, [], {}
@@ -689,14 +689,15 @@ class Log:
             self.values.setdefault(name, []).append(value)
 
     def write(self, line: dict) -> None:
-        """One more line of metrics.jsonl; curves.png is drawn anew."""
-        for name, values in self.values.items():
-            line[name] = float(np.mean([float(value) for value in values]))
+        """One more line, with the means of what was added since the last one."""
+        line |= {name: np.mean([*map(float, x)]).item() for name, x in self.values.items()}
         self.lines, self.values = [*self.lines, line], {}
-        text = "".join(json.dumps(line) + "\n" for line in self.lines)
         self.folder.mkdir(parents=True, exist_ok=True)
+        text = "".join(json.dumps(line) + "\n" for line in self.lines)
         (self.folder / "metrics.jsonl").write_text(text)
 
+    def draw(self) -> None:
+        """Learning curves, over the environment steps."""
         names = "env/return eval/return wm/recon wm/kl ac/entropy".split()
         names += "eval/policy_entropy eval/latent_entropy eval/reward_rho".split()
         figure = Figure(figsize=(15, 6.5), layout="constrained")
@@ -709,8 +710,8 @@ class Log:
 
 # %% [markdown]
 # # Section 5: Self-Evaluation Metrics
-# A hat marks what is dreamed. alive_k is 1 until the real episode has terminated, then 0.
-# - Eq. 5.1 `reward_rho = corr(hat c_1 ... hat c_{k-1} hat r_k, alive_{k-1} r_k)`, k = 1 ... H
+# Dreamed are c' and r'; alive_k is 1 until the real episode has terminated, then 0.
+# - Eq. 5.1 Pearson correlation `reward_rho = corr(c'_1 ... c'_{k-1} r'_k, alive_{k-1} r_k)`, k <= H
 # - Eq. 5.2 `psnr_k = 10 log10(1 / mean squared error of the frame k steps ahead)` in dB
 # - Eq. 5.3 `latent_entropy`: of the prior of z, where the actor dreams; mean over H steps
 # - Eq. 5.4 `policy_entropy`: of the actor in the same dreams
@@ -723,15 +724,14 @@ def evaluate(agent: Agent, episodes: int = 20, seed: int = 0) -> dict[str, float
     random_state = torch.random.fork_rng(range(torch.cuda.device_count()))
     with PixelEnv(config.env, config.action_repeat) as env, torch.no_grad(), random_state:
         torch.manual_seed(seed)
-        unseen = 2_000_000 * seed + 1  # odd seeds: those of training are even
-        for number in tqdm(range(episodes), "evaluation", leave=False):
-            rows = play(agent, env, unseen + 2 * number)
+        unseen = iter(range(2_000_000 * seed + 1, 2**62, 2))  # seeds of training are even
+        for _ in tqdm(range(episodes), "evaluation", leave=False):
+            rows = play(agent, env, next(unseen))
             returns.append(sum(row["reward"] for row in rows))
 
         # Half of the actions are random: without failures, Eq. 5.1 has nothing to measure.
         while len(held_out) < max(config.held_out, 50 + config.horizon):
-            number += 1
-            held_out += play(agent, env, unseen + 2 * number, noise=0.5)
+            held_out += play(agent, env, next(unseen), noise=0.5)
         metrics = dream_metrics(agent, held_out)
 
     metrics |= {"return": np.mean(returns), "return_std": np.std(returns)}
@@ -740,9 +740,10 @@ def evaluate(agent: Agent, episodes: int = 20, seed: int = 0) -> dict[str, float
 
 # %% 5.2 Dreamed against real
 def dream_metrics(agent: Agent, held_out: list[dict]) -> dict:
-    """Eq. 5.1 to 5.4 on windows of rows: five are seen, H are dreamed."""
+    """Eq. 5.1 to 5.4 on sequences of held-out rows: five are seen, H are dreamed."""
     model, H = agent.world_model, agent.config.horizon
-    batch = ReplayBuffer(len(held_out), agent.config.device, held_out).sample(256, 5 + H)
+    rows = {name: x.to(agent.config.device) for name, x in stack_rows(held_out).items()}
+    batch = {name: x.unfold(0, 5 + H, 4).movedim(-1, 1) for name, x in rows.items()}
     embed = model.encoder(batch["obs"][:, :5])  # [N, 5, E]
     feat, *_ = model.rssm.observe(embed, batch["prev_action"][:, :5], batch["is_first"][:, :5])
 
@@ -756,9 +757,9 @@ def dream_metrics(agent: Agent, held_out: list[dict]) -> dict:
     real = {name: x[:, 4:] for name, x in batch.items()}  # [N, H+1, ...]
     same = (~real["is_first"][:, 1:]).cumprod(1).bool() & ~real["terminated"][:, :1]  # [N, H]
     metrics = {"reward_rho": reward_rho(model, dream, real, same)}
-    for k in {1, 3, 5, 10, H} & set(range(H + 1)):
-        n = same[:, k - 1]
-        error = model.decoder(dream[n, k]) - real["obs"][n, k] / 255  # [., 64, 64, 3]
+    for k in sorted({1, 3, 5, 10, H} & set(range(H + 1))):
+        valid = same[:, k - 1]
+        error = model.decoder(dream[valid, k]) - real["obs"][valid, k] / 255  # [., 64, 64, 3]
         metrics[f"psnr_{k}"] = -10 * error.square().mean((-3, -2, -1)).log10().mean()
 
     feat, _ = imagine(model, agent.actor, dream[:, 0], H)  # [H+1, N, F]
@@ -794,9 +795,8 @@ def save_checkpoint(agent: Agent, replay: ReplayBuffer, log: Log, *progress: int
 
 def read_checkpoint(path: str | Path) -> dict:
     """The checkpoint in a run's folder, or in a file. ValueError if it is not whole."""
-    path = Path(path)
     with explain(f"{path} holds no checkpoint that can be used"):
-        path = path / "checkpoint.pt" if path.is_dir() else path
+        path = Path(path, "checkpoint.pt") if Path(path).is_dir() else path
         with zipfile.ZipFile(path) as file:
             if file.testzip():
                 raise ValueError("a checksum is wrong")
@@ -810,7 +810,7 @@ def load_checkpoint(agent: Agent, replay: ReplayBuffer, log: Log) -> tuple[int, 
     with explain(f"the agent of {log.folder}"):
         agent.load_state_dict(state["agent"])
         for part, optimizer in agent.optimizers.items():
-            optimizer.load_state_dict(copy.deepcopy(state["optimizers"][part]))
+            optimizer.load_state_dict(copy.deepcopy(state["optimizers"][part]))  # not the file's
 
     for i in range(len(state["rows"]["obs"])):
         replay.add({name: np.copy(column[i]) for name, column in state["rows"].items()})
