@@ -212,12 +212,13 @@ def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
 class RSSM(nn.Module):
     """Recurrent state-space model (arXiv:1811.04551). `feat` is (h, z)."""
 
+    kl = staticmethod(kl_divergence)  # that of its z; another RSSM may have another
+
     def __init__(self, embed_size: int, action_size: int, config: Config):
         super().__init__()
         D, units, Z = config.hidden, config.units, config.groups * config.classes
         self.shape = config.groups, config.classes
         self.hidden, self.feat_size = D, D + Z
-        self.kl = kl_divergence  # of its z; another RSSM may have another
         self.unimix = max(config.unimix, 1e-6)  # the KL never takes the logarithm of 0
 
         layer = nn.Linear(Z + action_size, units), nn.LayerNorm(units), nn.SiLU()
@@ -589,7 +590,6 @@ def update_behavior(agent: Agent, start: Tensor) -> dict[str, Tensor]:
     error = agent.critic.loss(feat, sg(returns), sg(slow_value))  # [H, N]
     critic_loss = (weight * error).mean()  # [] Eq. 3.6
 
-    assert objective.shape == error.shape == weight.shape
     gradient_step(agent, "actor", actor_loss)
     gradient_step(agent, "critic", critic_loss)
     for slow, fast in zip(agent.slow_critic.parameters(), agent.critic.parameters(), strict=True):
