@@ -342,6 +342,8 @@ def small_frame(image) -> np.ndarray:
 class PixelEnv(gym.Wrapper):
     """An environment seen through its pixels. `row` is the newest row."""
 
+    spec = None  # the id names the environment without its pixels
+
     def __init__(self, env_id: str, action_repeat: int = 1):
         self.env_id, self.action_repeat = env_id, action_repeat
         with explain(f"--env {env_id}"):
@@ -729,7 +731,6 @@ def evaluate(agent: Agent, episodes: int = 20, seed: int = 0) -> dict[str, float
         for _ in tqdm(range(episodes), "evaluation", leave=False):
             rows = play(agent, env, next(unseen))
             returns.append(sum(row["reward"] for row in rows))
-
         while len(held_out) < max(config.held_out, 50 + config.horizon):
             held_out += play(agent, env, next(unseen), chance=0.02)
         metrics = dream_metrics(agent, held_out)
@@ -786,8 +787,7 @@ def save_checkpoint(agent: Agent, replay: ReplayBuffer, log: Log, *progress: int
     """Write all of a run into checkpoint.pt, whole or not at all."""
     state = {"config": asdict(agent.config), "agent": agent.state_dict(), "progress": progress}
     state["optimizers"] = {part: x.state_dict() for part, x in agent.optimizers.items()}
-    state["rows"], state["lines"] = stack_rows(replay.rows), log.lines
-    state["random"] = torch.get_rng_state()
+    state |= {"rows": stack_rows(replay.rows), "lines": log.lines, "random": torch.get_rng_state()}
     (log.folder / "config.json").write_text(json.dumps(state["config"], indent=2))
     torch.save(state, log.folder / "new.pt")
     (log.folder / "new.pt").replace(log.folder / "checkpoint.pt")

@@ -4,9 +4,8 @@
 
 In unseen episodes the world model dreams 15 steps with the actions that were taken. The states
 that it reaches are compared with those inferred from the real frames. The distance is that of
-the FID, but of the agent's own states. It is 0 for equal means and covariances. Chance alone
-gives more than 0, as two halves of the real states show. The axes of the map in latents.png are
-the two principal components of the real states. Color is the critic's value.
+the FID, but of the agent's own states: 0 for equal means and covariances, and more by chance.
+The map in latents.png shows two principal components. Color is the critic's value.
 """
 
 import argparse
@@ -14,34 +13,37 @@ import sys
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from dreamer import Agent, PixelEnv, load_agent, play, stack_rows
 
 
 @torch.no_grad()
-def states(agent: Agent, episodes: int, steps: int) -> tuple[Tensor, Tensor]:
+def states(agent: Agent, episodes: int, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Real and dreamed states [L, F], each a number of steps after the dream began."""
     model, real, dreamed = agent.world_model, [], []
     with PixelEnv(agent.config.env, agent.config.action_repeat) as env:
         for number in range(episodes):
             rows = stack_rows(play(agent, env, seed=2 * number + 1, chance=0.02))
             action = rows["prev_action"]
+            if len(action) <= steps:
+                continue
+
             inputs = model.encoder(rows["obs"]), action, rows["is_first"]
             feat, *_ = model.rssm.observe(*(x[None] for x in inputs))  # [1, L, F]
             starts = torch.arange(0, len(action) - steps, 5)
-            dream = feat[0, starts]  # [., F]
+            dream = feat[0, starts]
             for k in range(1, steps + 1):
                 dream = model.rssm.img_step(dream, action[starts + k])
             real.append(feat[0, starts + steps])
             dreamed.append(dream)
+    if sum(map(len, real)) < 4:
+        raise ValueError("the episodes are too short for --steps")
     return torch.cat(real), torch.cat(dreamed)
 
 
-def frechet(x: Tensor, y: Tensor) -> float:
+def frechet(x: torch.Tensor, y: torch.Tensor) -> float:
     """|m - n|^2 + trace(C + D - 2 (C D)^(1/2)) of the means m, n and the covariances C, D."""
-    x, y = x.double(), y.double()
-    C, D = torch.cov(x.T), torch.cov(y.T)
+    C, D = torch.cov(x.double().T), torch.cov(y.double().T)
     root = torch.linalg.eigvals(C @ D).real.clamp(min=0).sqrt().sum()
     return ((x.mean(0) - y.mean(0)).square().sum() + C.trace() + D.trace() - 2 * root).item()
 
@@ -57,13 +59,11 @@ def main(argv: list[str] | None = None) -> None:
         torch.manual_seed(0)
         agent = load_agent(args.run)
         real, dreamed = states(agent, args.episodes, args.steps)
-        if len(real) < 4:
-            raise ValueError("the episodes are too short for --steps")
     except ValueError as error:
         sys.exit(f"recipes.latents: error: {error}")
 
     first, second = torch.randperm(len(real)).chunk(2)
-    print(f"Fréchet distance over {len(first)} real states and as many others:")
+    print(f"Fréchet distance of {len(first)} real states from as many others:")
     print(f"dreamed {frechet(real[first], dreamed[second]):.2f}")
     print(f"real {frechet(real[first], real[second]):.2f}, by chance")
     axes = torch.linalg.svd(real - real.mean(0)).Vh[:2].T  # [F, 2]

@@ -55,7 +55,11 @@ def main(argv: list[str] | None = None) -> None:
         unseen = VecFrameStack(make_vec_env(pixels, 1, seed=99), 4)
         every = max(args.every // 8, 1)  # each of the eight environments makes a step at a time
         curve = EvalCallback(
-            unseen, n_eval_episodes=args.episodes, eval_freq=every, log_path="ppo", verbose=0
+            unseen,
+            n_eval_episodes=args.episodes,
+            eval_freq=every,
+            log_path=f"{args.run}/ppo-{seed}",
+            verbose=0,
         )
         ppo = PPO("CnnPolicy", envs, n_steps=min(256, every), batch_size=256, seed=seed)
         ppo.learn(args.steps, callback=curve)

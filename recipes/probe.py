@@ -4,8 +4,8 @@
 
 The agent sees pixels only. The program fits a linear map from (h, z) to the observation that
 the environment itself gives, and prints R^2 on other episodes: 1 if a number can be read
-exactly, 0 if the mean does as well. It helps when learning stalls: does the state hold what the
-reward depends on? A low R^2 does not prove that it is absent, only that it is not linear.
+exactly, 0 if the mean does as well. It shows whether the state holds what the reward depends
+on. A low R^2 proves only that no linear map finds it. On CartPole expect 0.95 and more.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def collect(agent: Agent, env: Spy, seeds: range) -> tuple[np.ndarray, np.ndarra
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m recipes.probe")
     parser.add_argument("run", help="folder of a run")
-    parser.add_argument("--episodes", type=int, default=30, help="to fit on; as many to test on")
+    parser.add_argument("--episodes", type=int, default=100, help="to fit on; as many to test on")
     args = parser.parse_args(argv)
 
     try:
