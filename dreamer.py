@@ -756,7 +756,7 @@ def dream_metrics(agent: Agent, held_out: list[dict]) -> dict:
 
     # Compare with rows of the episode in which the dream begins, and with no other.
     real = {name: x[:, 4:] for name, x in batch.items()}  # [N, H+1, ...]
-    same = (~real["is_first"][:, 1:]).cumprod(1).bool() & ~real["terminated"][:, :1]  # [N, H]
+    same = (~real["is_first"][:, 1:]).cumprod(1).bool()  # [N, H]
     metrics = {"reward_rho": reward_rho(model, dream, real, same)}
     for k in sorted({1, 3, 5, 10, H} & set(range(H + 1))):
         valid = same[:, k - 1]
@@ -783,6 +783,7 @@ def reward_rho(model: WorldModel, dream: Tensor, real: dict[str, Tensor], same: 
 
 
 # %% 6 Save Checkpoint
+@explain("the checkpoint cannot be written")
 def save_checkpoint(agent: Agent, replay: ReplayBuffer, log: Log, *progress: int) -> None:
     """Write all of a run into checkpoint.pt, whole or not at all."""
     state = {"config": asdict(agent.config), "agent": agent.state_dict(), "progress": progress}
@@ -813,7 +814,7 @@ def load_checkpoint(agent: Agent, replay: ReplayBuffer, log: Log) -> tuple[int, 
             optimizer.load_state_dict(copy.deepcopy(state["optimizers"][part]))  # not the file's
 
     for i in range(len(state["rows"]["obs"])):
-        replay.add({name: np.copy(column[i]) for name, column in state["rows"].items()})
+        replay.add({name: x[i].numpy().copy() for name, x in state["rows"].items()})
     log.lines = state["lines"]
     torch.set_rng_state(state["random"].clone())
     return state["progress"]
@@ -822,9 +823,8 @@ def load_checkpoint(agent: Agent, replay: ReplayBuffer, log: Log) -> tuple[int, 
 def load_agent(path: str | Path, device: str = "cpu") -> Agent:
     """The agent in a run's folder or checkpoint, for `agent.act` and `evaluate`."""
     state = read_checkpoint(path)
-    config = Config(**state["config"] | {"device": device})
-    with PixelEnv(config.env) as env, explain(f"the agent of {path}"):
-        agent = Agent(env.action_space, config)
+    with explain(f"the agent of {path}"), PixelEnv(state["config"]["env"]) as env:
+        agent = Agent(env.action_space, Config(**state["config"] | {"device": device}))
         agent.load_state_dict(state["agent"])
         return agent
 
