@@ -87,7 +87,7 @@ class Config:
     horizon: int = 25  # H, imagined steps
     gamma: float = 0.99  # discount of a step
     lam: float = 0.95  # lambda of the lambda-return
-    entropy: float = 3e-3  # eta, weight of the actor's entropy
+    entropy: float = 6e-3  # eta, weight of the actor's entropy
     critic_rate: float = 0.1  # share of the critic that the slow critic takes on
     return_rate: float = 0.01  # how fast the range of returns follows; 0: not scaled
     eval_every: int = 1_000  # steps between evaluations, each with a checkpoint

@@ -1170,7 +1170,7 @@ def test_the_metrics_of_dreams_are_those_of_the_equations(monkeypatch):
                 y.append(0.0 if over else batch["reward"][n, 4 + k].item())
             if not over:
                 error = h * 10 / 255 + 0.02 + 0.01 * (h % 3) - batch["obs"][n, 4 + k, 0, 0, 0] / 255
-                psnr[k].append(-20 * np.log10(abs(error)))
+                psnr[k].append(-20 * np.log10(abs(float(error))))
                 ended = batch["terminated"][n, 4 + k].item()
             alive *= 1 / (1 + h)
     assert metrics["reward_rho"] == pytest.approx(np.corrcoef(x, y)[0, 1], rel=1e-4)

@@ -1,0 +1,128 @@
+"""Tests of recipes.course, dashboard (open_loop) and earlier_lessons (lesson_parts)."""
+
+import importlib
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from dreamer import Config, PixelEnv, load_agent, train
+from recipes import open_loop
+from recipes.earlier_lessons import LessonEncoder, LessonRSSM, load
+
+SMALL = dict(
+    depth=2, hidden=16, groups=4, classes=4, units=16, batch_size=4, batch_length=6, horizon=5,
+    prefill=60, pretrain=5, train_ratio=16.0, capacity=500, eval_every=100, episodes=1,
+    held_out=160, runs="r", steps=120,
+)  # fmt: skip
+FLAGS = [f"--{k.replace('_', '-')}={v}" for k, v in SMALL.items()]
+E, R = LessonEncoder().state_dict(), LessonRSSM().state_dict()
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return lambda name, *argv: importlib.import_module(f"recipes.{name}").main(list(argv))
+
+
+@pytest.mark.parametrize("name, pixels, red", [("Bar", 5 * 64, 255), ("Circle", 197, 229)])
+def test_the_courses_environments(name, pixels, red):
+    env, films = PixelEnv(f"recipes.course:{name}-v0"), []
+    for _ in range(2):
+        films.append([env.reset(seed=3)[0]])
+        while not env.row["is_last"]:
+            films[-1].append(env.step(1)[0])
+    assert np.array_equal(*films) and len(films[0]) == 21 and not env.row["terminated"]
+    assert np.array_equal(env.env.render(), env.env.render())
+    assert (films[0][0][..., 0] > 100).sum() == pixels and films[0][0].max() == red
+    assert env.row["reward"] == {"Bar": -1, "Circle": 0}[name]  # at the wall
+
+
+def test_returns_at_random_and_of_the_best_rule(recipe, capsys):
+    recipe("course")
+    means = [float(line.split()[3].strip(",")) for line in capsys.readouterr().out.splitlines()]
+    assert np.allclose(means, [-1.2, 3.5, 9.7, 19.4], atol=0.4)
+
+
+@pytest.mark.parametrize("env", ["CartPole-v1"])
+def test_the_dashboard_measures_and_draws(env, recipe, capsys):
+    run = train(Config(**SMALL, env=env))
+    recipe("dashboard", str(run), "--episodes=3", "--out=d.png")
+    assert "drift, same episode" in capsys.readouterr().out and os.path.exists("d.png")
+    with pytest.raises(SystemExit, match="recipes.dashboard: error: nowhere holds no checkpoint"):
+        recipe("dashboard", "nowhere")
+    m = open_loop.measure(load_agent(run), 6)
+    (real, imagined), rho = m["rewards"], m["reward rho"]["dream"][-1]
+    if env == "CartPole-v1":  # a reward of 1 for every step, and after the end 0
+        assert torch.equal(real.sum(1), m["same"].sum(1).float())
+    if np.isfinite(rho):
+        assert rho == pytest.approx(np.corrcoef(real.flatten(), imagined.flatten())[0, 1], 1e-3)
+
+
+LOG_VAR = {f"fc_{x}.bias": torch.zeros(32) for x in ("log_var", "logvar", "var")}
+VAE = {f"encoder.{k}": x for k, x in (E | LOG_VAR).items()} | {"decoder.fc.bias": torch.zeros(9)}
+VAES = {"model_state_dict": VAE, "latent_dim": 32}, {"encoder": E, "decoder": {}}, VAE, E
+RSSMS = {"rssm_state_dict": R, "hidden_dim": 128}, {"rssm": R}, R | {"recon.bias": torch.zeros(32)}
+
+
+@pytest.mark.parametrize("state", VAES + RSSMS)
+def test_every_spelling_of_the_files(state, tmp_path):
+    torch.save(state, tmp_path / "x.pt")
+    if any(state is x for x in VAES):
+        part, names = LessonEncoder(), ("model_state_dict", "encoder")
+    else:
+        part, names = LessonRSSM(), ("rssm_state_dict", "rssm")
+    load(part, tmp_path / "x.pt", *names)
+    assert all(torch.equal(x, (E | R)[name]) for name, x in part.state_dict().items())
+
+
+def test_the_networks_compute_what_the_projects_do():
+    encoder, rssm, action = LessonEncoder(), LessonRSSM(), torch.eye(2)[[0, 1, 1]]
+    obs, feat = torch.randint(256, (2, 3, 64, 64, 3), dtype=torch.uint8), torch.randn(3, 160)
+    x = encoder.conv((obs[1] / 255).movedim(-1, 1).contiguous()).reshape(3, 4096)
+    assert torch.allclose(encoder(obs)[1], encoder.fc_mu(x), atol=1e-6)
+    number = torch.tensor([[0.0], [1.0], [1.0]])
+    h = rssm.gru(torch.cat([feat[:, 128:], number], 1), feat[:, :128])
+    mean, std = rssm.prior_net(h).split(32, 1)
+    prior = torch.stack([mean, torch.nn.functional.softplus(std) + 0.1], 2)
+    assert torch.equal(rssm.recur(feat, action), h) and torch.equal(rssm.prior(h), prior)
+
+
+@pytest.mark.parametrize(
+    "parts, freeze",
+    [({"encoder": E, "rssm": R}, False), ({"encoder": E}, True), ({"rssm": R}, True)],
+)
+def test_training_with_the_files(parts, freeze, recipe, capsys):
+    argv = FLAGS + ["--freeze"] * freeze
+    for name, state in parts.items():
+        torch.save(state, f"{name}.pt")
+        argv += [f"--{name}", f"{name}.pt"]
+    recipe("earlier_lessons", *argv)
+    said = capsys.readouterr().out
+    assert np.isfinite(list(json.loads(said[said.index("{") :]).values())).all()
+    weights = torch.load("r/CartPole-v1-0/checkpoint.pt")["agent"]
+    for name, state in parts.items():
+        same = {torch.equal(x, weights[f"world_model.{name}.{key}"]) for key, x in state.items()}
+        assert same == {freeze}
+
+
+REFUSALS = [
+    ({"a": 3}, "--encoder x.pt", r"x.pt: conv.0.weight \[32, 3, 4, 4\] was expected, .* holds a$"),
+    (torch.zeros(2), "--encoder x.pt", "x.pt: conv.0.weight .* it holds no weights$"),
+    (R | {"gru.bias_hh": torch.zeros(9)}, "--rssm x.pt", r"gru.bias_hh is \[9\], but \[384\] was"),
+    (E, "--rssm x.pt", "gru.weight_ih .* was expected, it holds conv.0.weight, conv.0.bias"),
+    (LessonRSSM(), "--rssm x.pt", "x.pt holds no checkpoint that can be used: Weights only"),
+    (R, "--rssm y.pt", "y.pt holds no checkpoint"),
+    (R, "--rssm x.pt --env Acrobot-v1", r"0 and 1, but Acrobot-v1 has Discrete\(3\)$"),
+    (R, "--rssm x.pt --env Pendulum-v1", "0 and 1, but Pendulum-v1 has Box"),
+]
+
+
+@pytest.mark.parametrize("state, argv, said", REFUSALS)
+def test_refusals_are_one_clear_line(state, argv, said, recipe):
+    torch.save(state, "x.pt")
+    with pytest.raises(SystemExit, match=f"^recipes.earlier_lessons: error: .*{said}") as error:
+        recipe("earlier_lessons", *FLAGS, *argv.split())
+    assert "\n" not in str(error.value)
