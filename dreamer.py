@@ -96,7 +96,7 @@ class Config:
 
     def __post_init__(self):
         for name, value in asdict(self).items():
-            low = int(isinstance(value, int) and name not in ("resume", "seed", "pretrain"))
+            low = 0 if isinstance(value, float) or name in ("resume", "seed", "pretrain") else 1
             if not isinstance(value, str) and not low <= value <= 10**9:
                 raise ValueError(f"{name} must lie between {low} and 10**9, not {value}")
         if max(self.unimix, self.gamma, self.lam, self.critic_rate, self.return_rate) > 1:
@@ -132,7 +132,7 @@ def twohot_encode(x: Tensor, bins: Tensor) -> Tensor:
 def twohot_decode(logits: Tensor, bins: Tensor) -> Tensor:
     """Logits [..., bins] -> mean of the bins [...]."""
     terms = torch.softmax(logits, -1) * bins
-    # The sum counts every bin twice, so that the huge outer bins cancel exactly.
+    # Mirrored terms are added first (and the sum halved): the huge outer bins cancel exactly.
     return (terms + terms.flip(-1)).sum(-1) / 2
 
 
@@ -212,7 +212,7 @@ def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
 class RSSM(nn.Module):
     """Recurrent state-space model (arXiv:1811.04551). `feat` is (h, z)."""
 
-    kl = staticmethod(kl_divergence)  # that of its z; another RSSM may have another
+    kl = staticmethod(kl_divergence)  # of a categorical z; an RSSM of another z brings its own
 
     def __init__(self, embed_size: int, action_size: int, config: Config):
         super().__init__()
@@ -221,8 +221,8 @@ class RSSM(nn.Module):
         self.hidden, self.feat_size = D, D + Z
         self.unimix = max(config.unimix, 1e-6)  # the KL never takes the logarithm of 0
 
-        layer = nn.Linear(Z + action_size, units), nn.LayerNorm(units), nn.SiLU()
-        self.inputs = nn.Sequential(*layer)
+        layers = [nn.Linear(Z + action_size, units), nn.LayerNorm(units), nn.SiLU()]
+        self.inputs = nn.Sequential(*layers)
         self.gates = nn.Sequential(nn.Linear(units + D, 3 * D), nn.LayerNorm(3 * D))
         self.apply(init_weights)
         self.prior_net = mlp(D, units, 1, Z)
@@ -239,7 +239,7 @@ class RSSM(nn.Module):
 
         reset, candidate, update = self.gates(torch.cat([x, h], -1)).chunk(3, -1)
         candidate = torch.tanh(torch.sigmoid(reset) * candidate)
-        update = torch.sigmoid(update - 1)  # the -1: at first h keeps most of its past
+        update = torch.sigmoid(update - 1)  # 1: new, 0: old; at first mostly old
         return update * candidate + (1 - update) * h
 
     def params(self, outputs: Tensor) -> Tensor:
@@ -272,7 +272,7 @@ class RSSM(nn.Module):
 
     def observe(self, embed: Tensor, prev_action: Tensor, is_first: Tensor):
         """Sequences [B, T, .] -> (h, z) [B, T, F], posterior, prior [B, T, S, K].
-        State and action are zero at the first row of an episode, the state also of a sequence."""
+        A sequence starts from a zero state. At an episode's first row state and action are zero."""
         keep = (~is_first).float().unsqueeze(-1)  # [B, T, 1]
         prev_action = prev_action * keep
         feat, feats, posts = self.initial(len(embed)), [], []
@@ -342,7 +342,7 @@ def small_frame(image) -> np.ndarray:
 class PixelEnv(gym.Wrapper):
     """An environment seen through its pixels. `row` is the newest row."""
 
-    spec = None  # the id names the environment without its pixels
+    spec = None  # the specification is that of the environment without this wrapper
 
     def __init__(self, env_id: str, action_repeat: int = 1):
         self.env_id, self.action_repeat = env_id, action_repeat
@@ -414,7 +414,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def act(self, obs: np.ndarray, state: tuple | None = None, explore: bool = False):
-        """Frame uint8 [64, 64, 3], state -> action, new state. To explore, the action is drawn."""
+        """Frame uint8 [64, 64, 3], state -> action (likeliest; to explore: drawn), new state."""
         model, obs = self.world_model, torch.as_tensor(obs, device=self.config.device)
         if state is None:  # (h, z) [1, F] and the action [1, A] before an episode
             state = model.rssm.initial(1), obs.new_zeros(1, flatdim(self.action_space)).float()
@@ -530,7 +530,7 @@ def update_world_model(agent: Agent, batch: dict[str, Tensor]) -> tuple[Tensor, 
 
 # %% [markdown]
 # # Section 3: Behavior Learning
-# The actor dreams H steps with the prior, from states of real sequences. v is the critic.
+# The actor dreams H steps with the prior, from real states. v: critic. Losses: means over t, N.
 # - Eq. 3.1 `a_t ~ pi(. | h_t, z_t)`, `h_{t+1} = f(h_t, z_t, a_t)`, `z_{t+1} ~ p(. | h_{t+1})`
 # - Eq. 3.2 `R_t = r_{t+1} + gamma c_{t+1} ((1 - lam) v_{t+1} + lam R_{t+1})`, `R_H = v_H`
 # - Eq. 3.3 `w_t = c_0 (gamma c_1) ... (gamma c_t)`: the dream counts while it is alive
@@ -552,7 +552,7 @@ def imagine(model: WorldModel, actor: Actor, feat: Tensor, horizon: int) -> tupl
 
 # %% 3.2 Lambda-return
 def lambda_return(reward: Tensor, value: Tensor, cont: Tensor, gamma: float, lam: float) -> Tensor:
-    """Eq. 3.2: reward, value, cont [H+1, ...] -> R [H, ...]. reward[0], cont[0] are not used."""
+    """Eq. 3.2: reward, value, cont [H+1, ...] -> R [H, ...]. Their first entries are not used."""
     returns = [value[-1]]
     for t in reversed(range(len(value) - 1)):
         mixed = (1 - lam) * value[t + 1] + lam * returns[-1]
@@ -577,8 +577,8 @@ def update_behavior(agent: Agent, start: Tensor) -> dict[str, Tensor]:
     alive = torch.cat([cont[:1], config.gamma * cont[1:-1]])  # [H, N]
     weight = sg(alive.cumprod(0))  # [H, N] Eq. 3.3
     percentiles = torch.quantile(returns, returns.new_tensor([0.05, 0.95]))  # [2]
-    low, high = agent.return_range.lerp_(percentiles, config.return_rate)
-    scale = (high - low).clamp(min=1.0)  # [] Eq. 3.4
+    agent.return_range.lerp_(percentiles, config.return_rate)  # the running mean
+    scale = (agent.return_range[1] - agent.return_range[0]).clamp(min=1.0)  # [] Eq. 3.4
 
     # Actor
     policy = agent.actor(feat)
@@ -724,8 +724,8 @@ class Log:
 def evaluate(agent: Agent, episodes: int = 20, seed: int = 0) -> dict[str, float]:
     """Returns of unseen episodes, and Eq. 5.1 to 5.4 where they are defined."""
     config, returns, held_out = agent.config, [], []
-    random_state = torch.random.fork_rng(range(torch.cuda.device_count()))
-    with PixelEnv(config.env, config.action_repeat) as env, torch.no_grad(), random_state:
+    fork = torch.random.fork_rng(range(torch.cuda.device_count()))  # training's stays as it is
+    with PixelEnv(config.env, config.action_repeat) as env, torch.no_grad(), fork:
         torch.manual_seed(seed)
         unseen = iter(range(2_000_000 * seed + 1, 2**62, 2))  # seeds of training are even
         for _ in tqdm(range(episodes), "evaluation", leave=False):
@@ -741,7 +741,7 @@ def evaluate(agent: Agent, episodes: int = 20, seed: int = 0) -> dict[str, float
 
 # %% 5.2 Dreamed against real
 def dream_metrics(agent: Agent, held_out: list[dict]) -> dict:
-    """Eq. 5.1 to 5.4 on sequences of held-out rows: five are seen, H are dreamed."""
+    """Eq. 5.1 to 5.4 on sequences of 5 + H held-out rows: five are seen, H are dreamed."""
     model, H = agent.world_model, agent.config.horizon
     rows = {name: x.to(agent.config.device) for name, x in stack_rows(held_out).items()}
     batch = {name: x.unfold(0, 5 + H, 4).movedim(-1, 1) for name, x in rows.items()}
@@ -775,7 +775,7 @@ def reward_rho(model: WorldModel, dream: Tensor, real: dict[str, Tensor], same: 
     reward, cont = model.predict(dream)  # each [N, H+1]
     cont[:, 0] = 1  # the episode is alive when the dream begins
     dreamed = cont[:, :-1].cumprod(1) * reward[:, 1:]  # [N, H]
-    # After a termination the reward is known to be 0. After a time limit it is not known.
+    # The reward after a termination is known: 0. After a time limit it is not known.
     known = same | (same & real["terminated"][:, 1:]).cumsum(1).bool()  # [N, H]
     x, y = dreamed[known].cpu(), (same * real["reward"][:, 1:])[known].cpu()
     varies = len(x) > 1 and x.min() < x.max() and y.min() < y.max()
@@ -801,7 +801,7 @@ def read_checkpoint(path: str | Path) -> dict:
         with zipfile.ZipFile(path) as file:
             if file.testzip():
                 raise ValueError("a checksum is wrong")
-        # With mmap, only what is used is read into memory, so not the replay buffer.
+        # With mmap a tensor is read only when it is used: --eval leaves the replay buffer out.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
@@ -811,7 +811,9 @@ def load_checkpoint(agent: Agent, replay: ReplayBuffer, log: Log) -> tuple[int, 
     with explain(f"the agent of {log.folder}"):
         agent.load_state_dict(state["agent"])
         for part, optimizer in agent.optimizers.items():
-            optimizer.load_state_dict(copy.deepcopy(state["optimizers"][part]))  # not the file's
+            optimizer.load_state_dict(
+                copy.deepcopy(state["optimizers"][part])
+            )  # out of the mapped file
 
     for i in range(len(state["rows"]["obs"])):
         replay.add({name: x[i].numpy().copy() for name, x in state["rows"].items()})
@@ -831,7 +833,7 @@ def load_agent(path: str | Path, device: str = "cpu") -> Agent:
 
 # %% Command line
 def main(argv: list[str] | None = None) -> None:
-    """The command line. An error ends it with one line, and exit code 1."""
+    """The command line. A bad value or file ends it with one line, and exit code 1."""
     try:
         config = tyro.cli(Config, args=argv)
         if config.eval:
