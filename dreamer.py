@@ -811,9 +811,7 @@ def load_checkpoint(agent: Agent, replay: ReplayBuffer, log: Log) -> tuple[int, 
     with explain(f"the agent of {log.folder}"):
         agent.load_state_dict(state["agent"])
         for part, optimizer in agent.optimizers.items():
-            optimizer.load_state_dict(
-                copy.deepcopy(state["optimizers"][part])
-            )  # out of the mapped file
+            optimizer.load_state_dict(copy.deepcopy(state["optimizers"][part]))  # out of the file
 
     for i in range(len(state["rows"]["obs"])):
         replay.add({name: x[i].numpy().copy() for name, x in state["rows"].items()})
