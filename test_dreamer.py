@@ -831,7 +831,7 @@ def test_the_file_runs_as_a_program_and_every_metric_is_explained(tmp_path, monk
 BAD_INPUT = {
     "--stepz 3": "Unrecognized options: --stepz",
     "--steps many": "invalid literal for int",
-    "--eval": "Missing value",
+    "--eval": "--eval",
     "--episodes 0": "episodes must lie between 1 and",
     "--lr nan": "lr must lie between 0 and 10**9, not nan",
     "--free-nats -1": "free_nats must lie between 0",
