@@ -48,6 +48,7 @@ from torch import distributions as td
 from tqdm import tqdm
 
 sg = Tensor.detach  # stop-gradient: marks each cut in a loss, also where no_grad cuts already
+td.Distribution.set_default_validate_args(False)  # checks of every argument cost time
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # environments draw without a screen,
 os.environ.setdefault("SDL_NO_SIGNAL_HANDLERS", "1")  # and leave Ctrl-C to Python
 
@@ -65,7 +66,6 @@ class Config:
     threads: int = 1  # CPU threads; only large networks gain from more
     runs: str = "runs"  # folder for results; a run writes to RUNS/ENV-SEED
     action_repeat: int = 1  # environment steps for which an action is held
-
     prefill: int = 1_500  # steps of the untrained actor before the first update
     pretrain: int = 750  # updates of the world model alone
     train_ratio: float = 64.0  # replayed steps for each step after the prefill
@@ -82,7 +82,6 @@ class Config:
     scale_dyn: float = 1.0  # weight of the KL that trains the prior
     scale_rep: float = 0.05  # weight of the KL that trains the posterior
     lr: float = 1.5e-3  # learning rate; falls to 0 in the last third
-
     starts: int = 32  # N, states of each batch from which dreams start
     horizon: int = 25  # H, imagined steps
     gamma: float = 0.99  # discount of a step
@@ -90,7 +89,7 @@ class Config:
     entropy: float = 6e-3  # eta, weight of the actor's entropy
     critic_rate: float = 0.1  # share of the critic that the slow critic takes on
     return_rate: float = 0.01  # how fast the range of returns follows; 0: not scaled
-    eval_every: int = 1_000  # steps between evaluations, each with a checkpoint
+    eval_every: int = 2_000  # steps between evaluations, each with a checkpoint
     episodes: int = 5  # episodes of an evaluation
     held_out: int = 1_000  # unseen steps for the metrics of Section 5
 
@@ -236,7 +235,6 @@ class RSSM(nn.Module):
         """Eq. 1.1, a GRU with layer norm: the next h [., D]."""
         h, z = feat[..., : self.hidden], feat[..., self.hidden :]
         x = self.inputs(torch.cat([z, prev_action.clamp(-1, 1)], -1))  # as PixelEnv clips
-
         reset, candidate, update = self.gates(torch.cat([x, h], -1)).chunk(3, -1)
         candidate = torch.tanh(torch.sigmoid(reset) * candidate)
         update = torch.sigmoid(update - 1)  # 1: new, 0: old; at first mostly old
@@ -253,7 +251,12 @@ class RSSM(nn.Module):
 
     def sample(self, probs: Tensor) -> Tensor:
         """One-hot z [., Z], through which gradients go straight to `probs`."""
-        return td.OneHotCategoricalStraightThrough(probs).rsample().flatten(-2)
+        # Draw u in [0, 1) and choose the first class whose cumulative probability reaches u.
+        u = torch.rand_like(probs[..., :1])
+        drawn = (sg(probs).cumsum(-1) < u).sum(-1).clamp(max=self.shape[1] - 1)
+        one_hot = nn.functional.one_hot(drawn, self.shape[1])
+        # Forward the bracket adds 0; backward it passes the gradient of the probabilities.
+        return (one_hot + (probs - sg(probs))).flatten(-2)
 
     def entropy(self, probs: Tensor) -> Tensor:
         """Entropy [.] of z in nats."""
@@ -496,7 +499,6 @@ class WorldModel(nn.Module):
             "dyn": dyn.clamp(min=self.config.free_nats),  # Eq. 2.4
             "rep": rep.clamp(min=self.config.free_nats),  # Eq. 2.5
         }
-        assert all(loss.shape == cont.shape for loss in losses.values())
 
         scales = {"dyn": self.config.scale_dyn, "rep": self.config.scale_rep}
         total = sum(scales.get(name, 1) * loss for name, loss in losses.items())  # Eq. 2.6
@@ -633,8 +635,7 @@ def updates_due(config: Config, step: int) -> int:
 def train(config: Config, agent: Agent | None = None) -> Path:
     """Train a new agent, or a given one by its own config; returns the run's folder."""
     config = agent.config if agent else config
-    run = f"{config.env}-{config.seed}".replace(":", "-").replace("/", "-")  # a name for any system
-    folder = Path(config.runs, run)
+    folder = Path(config.runs, f"{config.env}-{config.seed}".replace(":", "-").replace("/", "-"))
     if not config.resume and (folder / "checkpoint.pt").exists():
         raise ValueError(f"{folder} exists: --resume or delete it, or change --seed or --runs")
 
@@ -748,7 +749,6 @@ def dream_metrics(agent: Agent, held_out: list[dict]) -> dict:
     embed = model.encoder(batch["obs"][:, :5])  # [N, 5, E]
     feat, *_ = model.rssm.observe(embed, batch["prev_action"][:, :5], batch["is_first"][:, :5])
 
-    # Dream on with the actions that were taken.
     dream = [feat[:, -1]]
     for t in range(5, 5 + H):
         dream.append(model.rssm.img_step(dream[-1], batch["prev_action"][:, t]))
