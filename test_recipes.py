@@ -49,8 +49,7 @@ def test_a_recipe_reads_a_run_and_refuses_what_is_none(command, recipe, small_ru
 
 @pytest.mark.parametrize(
     "command",
-    "dreamer_v1, dreamer_v2, "
-    "gaussian_latents, dynamics_gradient, squared_heads".split(", "),
+    "dreamer_v1, dreamer_v2, gaussian_latents, dynamics_gradient, squared_heads".split(", "),
 )
 def test_an_older_choice_trains_and_is_evaluated(command, recipe, capsys):
     argv = command.split() + [f"--{k.replace('_', '-')}={v}" for k, v in SMALL.items()]
