@@ -40,12 +40,10 @@ def test_the_courses_environments(name, pixels, red):
     assert env.row["reward"] == {"Bar": -1, "Circle": 0}[name]  # at the wall
 
 
-def test_returns_at_random_and_of_the_best_rule(recipe, capsys, monkeypatch):
-    course = importlib.import_module("recipes.course")
-    monkeypatch.setattr(course, "range", lambda n: range(min(n, 200)), raising=False)  # quicker
+def test_returns_at_random_and_of_the_best_rule(recipe, capsys):
     recipe("course")
     means = [float(line.split()[3].strip(",")) for line in capsys.readouterr().out.splitlines()]
-    assert np.allclose(means, [-1.2, 3.5, 9.7, 19.4], atol=0.9)
+    assert np.allclose(means, [-1.2, 3.5, 9.7, 19.4], atol=0.4)
 
 
 @pytest.mark.parametrize("env", ["CartPole-v1"])
