@@ -297,8 +297,7 @@ class TwoHotHead(nn.Module):
         super().__init__()
         self.net = mlp(feat_size, units, layers, 255, outscale=0.0)
         half = symexp(torch.linspace(-20, 0, 128))  # from -4.85e8 to 0
-        bins = torch.cat([half, -half[:-1].flip(0)])
-        self.register_buffer("bins", bins, persistent=False)
+        self.register_buffer("bins", torch.cat([half, -half[:-1].flip(0)]), persistent=False)
 
     def forward(self, feat: Tensor) -> Tensor:
         return twohot_decode(self.net(feat), self.bins)
@@ -395,7 +394,7 @@ class PixelEnv(gym.Wrapper):
 # %% 1.6 The models: initialised, or given
 class Agent(nn.Module):
     """World model (2.1), actor, critic, and a slow copy of the critic.
-    An encoder or RSSM of an earlier lesson can be given: with methods and sizes as above."""
+    An encoder or RSSM of an earlier lesson can be given, if its methods and sizes are as above."""
 
     def __init__(self, action_space: gym.Space, config: Config, encoder=None, rssm=None):
         super().__init__()
@@ -500,6 +499,7 @@ class WorldModel(nn.Module):
             "rep": rep.clamp(min=self.config.free_nats),  # Eq. 2.5
         }
 
+        assert all(loss.shape == cont.shape for loss in losses.values())
         scales = {"dyn": self.config.scale_dyn, "rep": self.config.scale_rep}
         total = sum(scales.get(name, 1) * loss for name, loss in losses.items())  # Eq. 2.6
         metrics = {f"wm/{name}": sg(x).mean() for name, x in (losses | {"kl": dyn}).items()}
@@ -594,6 +594,7 @@ def update_behavior(agent: Agent, start: Tensor) -> dict[str, Tensor]:
     error = agent.critic.loss(feat, sg(returns), sg(slow_value))  # [H, N]
     critic_loss = (weight * error).mean()  # [] Eq. 3.6
 
+    assert objective.shape == error.shape == weight.shape
     gradient_step(agent, "actor", actor_loss)
     gradient_step(agent, "critic", critic_loss)
     for slow, fast in zip(agent.slow_critic.parameters(), agent.critic.parameters(), strict=True):
@@ -606,7 +607,7 @@ def update_behavior(agent: Agent, start: Tensor) -> dict[str, Tensor]:
 
 # %% [markdown]
 # # Section 4: Training Loop
-# Acting, world model updates and behavior updates alternate. The actor's randomness explores.
+# Acting, world model updates and behavior updates alternate. The actor explores: its actions are drawn.
 
 
 # %% 4.1 Playing an episode, to evaluate
@@ -714,7 +715,7 @@ class Log:
 
 # %% [markdown]
 # # Section 5: Self-Evaluation Metrics
-# Dreamed are c' and r'; alive_k is 1 until the real episode has terminated, then 0.
+# c' and r' are dreamed; alive_k is 1 until the real episode has terminated, then 0.
 # - Eq. 5.1 Pearson correlation `reward_rho = corr(c'_1 ... c'_{k-1} r'_k, alive_{k-1} r_k)`, k <= H
 # - Eq. 5.2 `psnr_k = 10 log10(1 / mean squared error of the frame k steps ahead)` in dB
 # - Eq. 5.3 `latent_entropy`: of the prior of z, where the actor dreams; mean over H steps
@@ -725,13 +726,14 @@ class Log:
 def evaluate(agent: Agent, episodes: int = 20, seed: int = 0) -> dict[str, float]:
     """Returns of unseen episodes, and Eq. 5.1 to 5.4 where they are defined."""
     config, returns, held_out = agent.config, [], []
-    fork = torch.random.fork_rng(range(torch.cuda.device_count()))  # training's stays as it is
+    fork = torch.random.fork_rng(
+        range(torch.cuda.device_count())
+    )  # training's random state is kept
     with PixelEnv(config.env, config.action_repeat) as env, torch.no_grad(), fork:
         torch.manual_seed(seed)
         unseen = iter(range(2_000_000 * seed + 1, 2**62, 2))  # seeds of training are even
         for _ in tqdm(range(episodes), "evaluation", leave=False):
-            rows = play(agent, env, next(unseen))
-            returns.append(sum(row["reward"] for row in rows))
+            returns.append(sum(row["reward"] for row in play(agent, env, next(unseen))))
         while len(held_out) < max(config.held_out, 50 + config.horizon):
             held_out += play(agent, env, next(unseen), chance=0.02)
         metrics = dream_metrics(agent, held_out)
@@ -811,7 +813,7 @@ def load_checkpoint(agent: Agent, replay: ReplayBuffer, log: Log) -> tuple[int, 
     with explain(f"the agent of {log.folder}"):
         agent.load_state_dict(state["agent"])
         for part, optimizer in agent.optimizers.items():
-            optimizer.load_state_dict(copy.deepcopy(state["optimizers"][part]))  # out of the file
+            optimizer.load_state_dict(copy.deepcopy(state["optimizers"][part]))  # a true copy
 
     for i in range(len(state["rows"]["obs"])):
         replay.add({name: x[i].numpy().copy() for name, x in state["rows"].items()})
