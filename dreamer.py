@@ -607,7 +607,7 @@ def update_behavior(agent: Agent, start: Tensor) -> dict[str, Tensor]:
 
 # %% [markdown]
 # # Section 4: Training Loop
-# Acting, world model updates and behavior updates alternate. The actor explores: its actions are drawn.
+# Acting, world model updates and behavior updates alternate. To explore, actions are drawn.
 
 
 # %% 4.1 Playing an episode, to evaluate
@@ -726,9 +726,7 @@ class Log:
 def evaluate(agent: Agent, episodes: int = 20, seed: int = 0) -> dict[str, float]:
     """Returns of unseen episodes, and Eq. 5.1 to 5.4 where they are defined."""
     config, returns, held_out = agent.config, [], []
-    fork = torch.random.fork_rng(
-        range(torch.cuda.device_count())
-    )  # training's random state is kept
+    fork = torch.random.fork_rng(range(torch.cuda.device_count()))  # keeps training's state
     with PixelEnv(config.env, config.action_repeat) as env, torch.no_grad(), fork:
         torch.manual_seed(seed)
         unseen = iter(range(2_000_000 * seed + 1, 2**62, 2))  # seeds of training are even
