@@ -1,7 +1,6 @@
 """Dreamer in one file: learn a world model from pixels, then act in its imagination.
 
-    python dreamer.py --device cpu                train on the pixels of CartPole
-    python dreamer.py --eval runs/CartPole-v1-0   measure the agent on unseen episodes
+    python dreamer.py --device cpu      (in a notebook: run all cells)
 
 The sections carry the lesson's numbers. The algorithm is DreamerV3 (arXiv:2301.04104).
 Begin with the loop in 4.2 and the agent in 1.6, then read from the top.
@@ -22,6 +21,9 @@ world model loss                              yes                   -        -
 actor loss                                     -                   yes       -
 critic loss                                    -                    -       yes
 """
+
+# %% In a notebook, this line takes the place of the command line tags=["parameters"]
+ARGUMENTS = "--resume"
 
 # %% [markdown]
 # # Section 1: Setup
@@ -57,13 +59,13 @@ os.environ.setdefault("SDL_NO_SIGNAL_HANDLERS", "1")  # and leave Ctrl-C to Pyth
 class Config:
     """Train an agent from pixels, go on with a run, or measure its agent."""
 
-    eval: str = ""  # folder of a run to measure; takes --episodes, --seed, --device
-    resume: bool = False  # continue the stopped run of this command
+    eval: str = ""  # folder of a run to measure, with --episodes and --seed
+    resume: bool = False  # go on from the checkpoint of this command, if there is one
     env: str = "CartPole-v1"  # Gymnasium id; module:Id imports the module
     seed: int = 0  # seed of weights, actions, batches and episodes
     steps: int = 5_000  # steps of the agent; the last episode is played out
     device: str = "cpu"  # or cuda, or mps
-    threads: int = 1  # CPU threads; only large networks gain from more
+    threads: int = 1  # CPU threads
     runs: str = "runs"  # folder for results; a run writes to RUNS/ENV-SEED
     action_repeat: int = 1  # environment steps for which an action is held
     prefill: int = 1_500  # steps of the untrained actor before the first update
@@ -71,7 +73,6 @@ class Config:
     train_ratio: float = 64.0  # replayed steps for each step after the prefill
     batch_size: int = 8  # B, sequences in a batch
     batch_length: int = 16  # T, steps in a sequence
-    capacity: int = 100_000  # steps in the replay buffer, 12 kB each
     depth: int = 8  # the CNN has 2 * depth and 8 * depth channels
     hidden: int = 128  # D, size of the recurrent state h
     groups: int = 16  # S, categorical variables in z
@@ -91,17 +92,16 @@ class Config:
     return_rate: float = 0.01  # how fast the range of returns follows; 0: not scaled
     eval_every: int = 2_000  # steps between evaluations, each with a checkpoint
     episodes: int = 5  # episodes of an evaluation
-    held_out: int = 1_000  # unseen steps for the metrics of Section 5
 
     def __post_init__(self):
+        shares = ("unimix", "gamma", "lam", "critic_rate", "return_rate")
         for name, value in asdict(self).items():
-            low = 0 if isinstance(value, float) or name in ("resume", "seed", "pretrain") else 1
-            if not isinstance(value, str) and not low <= value <= 10**9:
-                raise ValueError(f"{name} must lie between {low} and 10**9, not {value}")
-        if max(self.unimix, self.gamma, self.lam, self.critic_rate, self.return_rate) > 1:
-            raise ValueError("unimix, gamma, lam, critic_rate and return_rate must not exceed 1")
-        if self.batch_length > min(self.prefill, self.capacity) or self.prefill >= self.steps:
-            raise ValueError("batch_length <= prefill < steps, batch_length <= capacity must hold")
+            lowest = 0 if isinstance(value, float) or name in ("resume", "seed", "pretrain") else 1
+            highest = 1 if name in shares else 10**9
+            if not isinstance(value, str) and not lowest <= value <= highest:
+                raise ValueError(f"{name} must lie between {lowest} and {highest}, not {value}")
+        if not self.batch_length <= self.prefill < self.steps:
+            raise ValueError("batch_length <= prefill < steps must hold")
 
 
 @contextmanager
@@ -137,8 +137,8 @@ def twohot_decode(logits: Tensor, bins: Tensor) -> Tensor:
 
 def init_weights(module: nn.Module) -> None:
     """Weights of variance 1 / fan-in, three times PyTorch's; zero biases."""
-    if isinstance(module, nn.Linear | nn.Conv2d):
-        std = 1.1368 / module.weight[0].numel() ** 0.5  # 1.1368: tails are cut
+    if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+        std = 1.1368 / module.weight[0].numel() ** 0.5  # 1.1368: the tails are cut
         nn.init.trunc_normal_(module.weight, 0.0, std, -2 * std, 2 * std)
         nn.init.zeros_(module.bias)
 
@@ -188,11 +188,9 @@ class Decoder(nn.Sequential):
             nn.Linear(feat_size, many * 4 * 4),
             nn.Unflatten(1, (many, 4, 4)),
             NormSiLU(many),
-            nn.Conv2d(many, 16 * few, 1),
-            nn.PixelShuffle(4),  # 16 channels become 4x4 pixels
+            nn.ConvTranspose2d(many, few, 4, stride=4),  # [., few, 16, 16]
             NormSiLU(few),
-            nn.Conv2d(few, 16 * 3, 1),
-            nn.PixelShuffle(4),
+            nn.ConvTranspose2d(few, 3, 4, stride=4),  # [., 3, 64, 64]
             nn.Sigmoid(),
         )
         self.apply(init_weights)
@@ -337,14 +335,13 @@ def small_frame(image) -> np.ndarray:
         frame = 255 * frame
     if frame.ndim not in (2, 3) or not 0 <= frame.min() <= frame.max() <= 255:
         raise ValueError(f"render() gave {type(image).__name__} {frame.shape}, no frame in 0...255")
-    frame = Image.fromarray(frame.astype(np.uint8)).convert("RGB")
-    return np.array(frame.resize((64, 64), Image.Resampling.BOX))
+
+    picture = Image.fromarray(frame.astype(np.uint8)).convert("RGB")
+    return np.array(picture.resize((64, 64), Image.Resampling.BOX))
 
 
 class PixelEnv(gym.Wrapper):
     """An environment seen through its pixels. `row` is the newest row."""
-
-    spec = None  # the specification is that of the environment without this wrapper
 
     def __init__(self, env_id: str, action_repeat: int = 1):
         self.env_id, self.action_repeat = env_id, action_repeat
@@ -354,41 +351,42 @@ class PixelEnv(gym.Wrapper):
                 env = gym.wrappers.TimeLimit(env, 1_000)
             self.discrete = isinstance(env.action_space, Discrete)
             if not self.discrete:  # only a bounded Box is accepted
-                one = env.action_space.dtype.type(1)  # the bounds have the type of the Box
+                one = env.action_space.dtype.type(1)
                 env = gym.wrappers.RescaleAction(env, -one, one)
             super().__init__(env)
         self.observation_space = Box(0, 255, (64, 64, 3), np.uint8)
-        self.reset(seed=0)  # some environments notice only here that they cannot render
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         self.where = f"{self.env_id}, episode with seed {seed}"
         # Random actions must not repeat the environment's own random numbers.
         self.action_space.seed(None if seed is None else seed + 2**40)
+
         with explain(self.where):
             _, info = self.env.reset(seed=seed, options=options)
             self.remember(np.zeros(flatdim(self.action_space)), is_first=True)
         return self.row["obs"], info
 
     def step(self, action):
+        taken = action if self.discrete else np.clip(action, -1, 1)
+        total = 0.0
         with explain(self.where):
-            taken = action if self.discrete else np.clip(action, -1, 1)
-            total = 0.0
             for _ in range(self.action_repeat):
-                _, reward, terminated, truncated, info = self.env.step(taken)
-                total += np.asarray(reward, float).item()
+                _, *outcome, info = self.env.step(taken)
+                reward, terminated, truncated = (np.asarray(x, float).item() for x in outcome)
+                total += reward
                 if terminated or truncated:
                     break
             # The row holds the action as the actor chose it, before it was clipped.
             action = flatten(self.action_space, action)
-            self.remember(action, total, bool(terminated), bool(truncated))
+            self.remember(action, total, terminated, truncated)
         return self.row["obs"], total, bool(terminated), bool(truncated), info
 
     def remember(self, action, reward=0.0, terminated=False, truncated=False, is_first=False):
-        if not np.isfinite(reward):
-            raise ValueError(f"the reward is {reward}, not a finite number")
+        if not np.isfinite([reward, terminated, truncated]).all():
+            raise ValueError(f"step() gave {reward=}, {terminated=}, {truncated=}")
         self.row = {"obs": small_frame(self.env.render()), "prev_action": np.float32(action)}
-        self.row |= {"reward": np.float32(reward), "terminated": terminated}
-        self.row |= {"is_first": is_first, "is_last": terminated or truncated}
+        self.row |= {"reward": np.float32(reward), "terminated": bool(terminated)}
+        self.row |= {"is_first": is_first, "is_last": bool(terminated or truncated)}
 
 
 # %% 1.6 The models: initialised, or given
@@ -399,7 +397,7 @@ class Agent(nn.Module):
     def __init__(self, action_space: gym.Space, config: Config, encoder=None, rssm=None):
         super().__init__()
         torch.set_num_threads(config.threads)
-        self.config, self.action_space, self.lr = config, action_space, config.lr
+        self.config, self.action_space = config, action_space
         with explain(f"networks on --device {config.device}"):
             self.world_model = WorldModel(flatdim(action_space), config, encoder, rssm)
             feat_size = self.world_model.rssm.feat_size
@@ -409,18 +407,20 @@ class Agent(nn.Module):
             self.register_buffer("return_range", torch.zeros(2))
             self.to(config.device)
 
+        self.lr = config.lr
         self.optimizers = {}
         for part in ("world_model", "actor", "critic"):
-            weights = [p for p in getattr(self, part).parameters() if p.requires_grad]
+            weights = [x for x in getattr(self, part).parameters() if x.requires_grad]
             self.optimizers[part] = torch.optim.Adam(weights, betas=(0.9, 0.95), fused=True)
 
     @torch.no_grad()
     def act(self, obs: np.ndarray, state: tuple | None = None, explore: bool = False):
         """Frame uint8 [64, 64, 3], state -> action (likeliest; to explore: drawn), new state."""
-        model, obs = self.world_model, torch.as_tensor(obs, device=self.config.device)
+        model = self.world_model
+        obs = torch.as_tensor(obs, device=self.config.device)[None]
         if state is None:  # (h, z) [1, F] and the action [1, A] before an episode
             state = model.rssm.initial(1), obs.new_zeros(1, flatdim(self.action_space)).float()
-        feat, _ = model.rssm.obs_step(*state, model.encoder(obs[None]))
+        feat, _ = model.rssm.obs_step(*state, model.encoder(obs))
 
         policy = self.actor(feat)
         action = policy.sample() if explore else policy.mode
@@ -435,9 +435,9 @@ def stack_rows(rows: list[dict]) -> dict[str, Tensor]:
 
 
 class ReplayBuffer:
-    """The last `capacity` rows in the order in which they came."""
+    """The last `capacity` rows (12 kB each) in the order in which they came."""
 
-    def __init__(self, capacity: int, device: str = "cpu"):
+    def __init__(self, capacity: int = 100_000, device: str = "cpu"):
         self.capacity, self.device, self.rows = capacity, device, []
 
     def add(self, row: dict) -> None:
@@ -446,8 +446,8 @@ class ReplayBuffer:
 
     def sample(self, batch_size: int, length: int) -> dict[str, Tensor]:
         """Sequences [B, T, ...], each from the later of two random starts: new rows count more."""
-        starts = torch.randint(len(self.rows) - length + 1, (2, batch_size)).amax(0).tolist()
-        rows = [row for start in starts for row in self.rows[start : start + length]]
+        starts = torch.randint(len(self.rows) - length + 1, (2, batch_size)).amax(0)
+        rows = [self.rows[start + t] for start in starts.tolist() for t in range(length)]
         columns = stack_rows(rows)
         return {name: x.unflatten(0, (-1, length)).to(self.device) for name, x in columns.items()}
 
@@ -485,20 +485,20 @@ class WorldModel(nn.Module):
         embed = self.encoder(batch["obs"])  # [B, T, E]
         feat, post, prior = self.rssm.observe(embed, batch["prev_action"], batch["is_first"])
 
-        error = self.decoder(feat) - batch["obs"] / 255  # [B, T, 64, 64, 3]
+        frame = self.decoder(feat)  # [B, T, 64, 64, 3]
+        error = nn.functional.mse_loss(frame, batch["obs"] / 255, reduction="none")
         cont = 1 - batch["terminated"].float()  # [B, T]
         logit = self.cont_head(feat).squeeze(-1)  # [B, T]
         dyn = self.rssm.kl(sg(post), prior)  # [B, T]
         rep = self.rssm.kl(post, sg(prior))  # [B, T]
 
         losses = {  # each [B, T]
-            "recon": error.square().sum((-3, -2, -1)),  # Eq. 2.1
+            "recon": error.sum((-3, -2, -1)),  # Eq. 2.1
             "reward": self.reward_head.loss(feat, batch["reward"]),  # Eq. 2.2
             "cont": -td.Bernoulli(logits=logit).log_prob(cont),  # Eq. 2.3
             "dyn": dyn.clamp(min=self.config.free_nats),  # Eq. 2.4
             "rep": rep.clamp(min=self.config.free_nats),  # Eq. 2.5
         }
-
         assert all(loss.shape == cont.shape for loss in losses.values())
         scales = {"dyn": self.config.scale_dyn, "rep": self.config.scale_rep}
         total = sum(scales.get(name, 1) * loss for name, loss in losses.items())  # Eq. 2.6
@@ -611,18 +611,22 @@ def update_behavior(agent: Agent, start: Tensor) -> dict[str, Tensor]:
 
 
 # %% 4.1 Playing an episode, to evaluate
-def play(agent: Agent, env: PixelEnv, seed: int, chance: float = 0.0) -> list[dict]:
-    """The rows of an episode. With probability `chance` a burst of 15 random actions begins:
-    a good agent rarely fails, and without failures Eq. 5.1 has nothing to measure."""
+def play(agent: Agent, env: PixelEnv, seed: int, chance: float = 0.0) -> tuple[list, list]:
+    """The rows of an episode, and the states [1, F] in which its actions were chosen.
+    With probability `chance` a burst of 15 random actions begins, so that good agents fail, too."""
     env.reset(seed=seed)
-    rows, state, burst = [env.row], None, 0
+    rows, states, state, burst = [env.row], [], None, 0
     while not env.row["is_last"]:
         burst = 15 if torch.rand(()) < chance else burst - 1
         action, (feat, _) = agent.act(env.row["obs"], state)
-        env.step(env.action_space.sample() if burst > 0 else action)
+        if burst > 0:
+            action = env.action_space.sample()
+        env.step(action)
+
         rows.append(env.row)
+        states.append(feat)
         state = feat, feat.new_tensor(env.row["prev_action"])[None]  # the action really taken
-    return rows
+    return rows, states
 
 
 # %% 4.2 The training loop
@@ -637,21 +641,22 @@ def train(config: Config, agent: Agent | None = None) -> Path:
     """Train a new agent, or a given one by its own config; returns the run's folder."""
     config = agent.config if agent else config
     folder = Path(config.runs, f"{config.env}-{config.seed}".replace(":", "-").replace("/", "-"))
-    if not config.resume and (folder / "checkpoint.pt").exists():
+    exists = (folder / "checkpoint.pt").exists()
+    if exists and not config.resume:
         raise ValueError(f"{folder} exists: --resume or delete it, or change --seed or --runs")
 
     torch.manual_seed(config.seed)
     env = PixelEnv(config.env, config.action_repeat)
     agent = agent or Agent(env.action_space, config)
-    replay, log = ReplayBuffer(config.capacity, config.device), Log(folder)
-    step, episode, updates = load_checkpoint(agent, replay, log) if config.resume else (0, 0, 0)
+    replay, log = ReplayBuffer(device=config.device), Log(folder)
+    step, episode, updates = load_checkpoint(agent, replay, log) if exists else (0, 0, 0)
     print(f"Results: {folder}. The same command with --resume goes on from a checkpoint.")
 
     with env, tqdm(total=updates_due(config, config.steps), initial=updates, unit="update") as bar:
         while step < config.steps:
             env.reset(seed=2 * (1_000_000 * config.seed + episode))
             replay.add(env.row)
-            state, score, begin = None, 0.0, step
+            state, score, begin, metrics = None, 0.0, step, {}
 
             while not env.row["is_last"]:
                 # Act, with exploration: the action is drawn. Then remember.
@@ -667,13 +672,12 @@ def train(config: Config, agent: Agent | None = None) -> Path:
                     feat, metrics = update_world_model(agent, batch)
                     if updates >= config.pretrain:
                         metrics |= update_behavior(agent, feat)
-                    log.add(metrics)
                     updates += 1
                     bar.update()
 
             # Evaluate, log, save. Between episodes the environment has no state to save.
             episode += 1
-            log.write({"env/step": step, "wm/updates": updates, "env/return": float(score)})
+            log.write({"env/step": step, "wm/updates": updates, "env/return": score} | metrics)
             bar.set_postfix(step=step, episode_return=score)
             if step >= config.steps or step // config.eval_every > begin // config.eval_every:
                 log.write({"env/step": step} | evaluate(agent, config.episodes, config.seed))
@@ -687,16 +691,10 @@ class Log:
     """The lines of metrics.jsonl: one an episode, one an evaluation."""
 
     def __init__(self, folder: Path):
-        self.folder, self.lines, self.values = folder, [], {}
-
-    def add(self, metrics: dict) -> None:
-        for name, value in metrics.items():  # a tensor is read only when a line is due
-            self.values.setdefault(name, []).append(value)
+        self.folder, self.lines = folder, []
 
     def write(self, line: dict) -> None:
-        """One more line, with the means of what was added since the last one."""
-        line |= {name: np.mean([*map(float, x)]).item() for name, x in self.values.items()}
-        self.lines, self.values = [*self.lines, line], {}
+        self.lines.append({name: float(value) for name, value in line.items()})
         self.folder.mkdir(parents=True, exist_ok=True)
         text = "".join(json.dumps(line) + "\n" for line in self.lines)
         (self.folder / "metrics.jsonl").write_text(text)
@@ -707,33 +705,38 @@ class Log:
         names += "eval/policy_entropy eval/latent_entropy eval/reward_rho".split()
         figure = Figure(figsize=(15, 6.5), layout="constrained")
         for axes, name in zip(figure.subplots(2, 4).flat, names, strict=True):
-            known = [line for line in self.lines if name in line]
-            axes.plot([x["env/step"] for x in known], [x[name] for x in known], ".-")
+            lines = [line for line in self.lines if name in line]
+            steps = [line["env/step"] for line in lines]
+            axes.plot(steps, [line[name] for line in lines], ".-")
             axes.set(title=name, xlabel="steps", yscale="log" if name == "wm/recon" else "linear")
         figure.savefig(self.folder / "curves.png", dpi=100)
 
 
 # %% [markdown]
 # # Section 5: Self-Evaluation Metrics
-# c' and r' are dreamed; alive_k is 1 until the real episode has terminated, then 0.
-# - Eq. 5.1 Pearson correlation `reward_rho = corr(c'_1 ... c'_{k-1} r'_k, alive_{k-1} r_k)`, k <= H
-# - Eq. 5.2 `psnr_k = 10 log10(1 / mean squared error of the frame k steps ahead)` in dB
-# - Eq. 5.3 `latent_entropy`: of the prior of z, where the actor dreams; mean over H steps
-# - Eq. 5.4 `policy_entropy`: of the actor in the same dreams
+# c' and r' are dreamed k <= H steps ahead, with the actions that were really taken.
+# The real reward r_k is 0 after a termination, and unknown after a time limit.
+# - Eq. 5.1 Pearson correlation `reward_rho = corr(c'_1 ... c'_{k-1} r'_k, r_k)`
+# - Eq. 5.2 `latent_entropy`: of the prior of z, where the actor dreams; mean over H steps
+# - Eq. 5.3 `policy_entropy`: of the actor in the same dreams
 
 
 # %% 5.1 Evaluation on unseen seeds
 def evaluate(agent: Agent, episodes: int = 20, seed: int = 0) -> dict[str, float]:
-    """Returns of unseen episodes, and Eq. 5.1 to 5.4 where they are defined."""
-    config, returns, held_out = agent.config, [], []
-    fork = torch.random.fork_rng(range(torch.cuda.device_count()))  # keeps training's state
-    with PixelEnv(config.env, config.action_repeat) as env, torch.no_grad(), fork:
+    """Returns of unseen episodes, and Eq. 5.1 to 5.3 where they are defined."""
+    config = agent.config
+    unseen = iter(range(2_000_000 * seed + 1, 2**62, 2))  # seeds of training are even
+    keep_random_state = torch.random.fork_rng(range(torch.cuda.device_count()))
+    with PixelEnv(config.env, config.action_repeat) as env, torch.no_grad(), keep_random_state:
         torch.manual_seed(seed)
-        unseen = iter(range(2_000_000 * seed + 1, 2**62, 2))  # seeds of training are even
+        returns = []
         for _ in tqdm(range(episodes), "evaluation", leave=False):
-            returns.append(sum(row["reward"] for row in play(agent, env, next(unseen))))
-        while len(held_out) < max(config.held_out, 50 + config.horizon):
-            held_out += play(agent, env, next(unseen), chance=0.02)
+            rows, _ = play(agent, env, next(unseen))
+            returns.append(sum(row["reward"] for row in rows))
+
+        held_out = []
+        while sum(len(rows) for rows, _ in held_out) < 1_000:
+            held_out.append(play(agent, env, next(unseen), chance=0.02))
         metrics = dream_metrics(agent, held_out)
 
     metrics |= {"return": np.mean(returns), "return_std": np.std(returns)}
@@ -741,43 +744,36 @@ def evaluate(agent: Agent, episodes: int = 20, seed: int = 0) -> dict[str, float
 
 
 # %% 5.2 Dreamed against real
-def dream_metrics(agent: Agent, held_out: list[dict]) -> dict:
-    """Eq. 5.1 to 5.4 on sequences of 5 + H held-out rows: five are seen, H are dreamed."""
+def dream_metrics(agent: Agent, held_out: list[tuple[list, list]]) -> dict:
+    """Eq. 5.1 to 5.3, in dreams from every fourth row of these episodes of `play`."""
     model, H = agent.world_model, agent.config.horizon
-    rows = {name: x.to(agent.config.device) for name, x in stack_rows(held_out).items()}
-    batch = {name: x.unfold(0, 5 + H, 4).movedim(-1, 1) for name, x in rows.items()}
-    embed = model.encoder(batch["obs"][:, :5])  # [N, 5, E]
-    feat, *_ = model.rssm.observe(embed, batch["prev_action"][:, :5], batch["is_first"][:, :5])
+    starts, actions, rewards = [], [], []
+    for rows, states in held_out:
+        # What comes after the episode: a reward that is known to be 0, or not known (nan).
+        after = rows[-1] | {"reward": np.float32(0 if rows[-1]["terminated"] else np.nan)}
+        columns = stack_rows(rows + (H - 1) * [after])
+        starts += states[::4]
+        actions.append(columns["prev_action"].unfold(0, H + 1, 4))  # [., A, H+1]
+        rewards.append(columns["reward"].unfold(0, H + 1, 4))  # [., H+1]
 
-    dream = [feat[:, -1]]
-    for t in range(5, 5 + H):
-        dream.append(model.rssm.img_step(dream[-1], batch["prev_action"][:, t]))
-    dream = torch.stack(dream, 1)  # [N, H+1, F]
+    dream = [torch.cat(starts)]  # [N, F]
+    action = torch.cat(actions).to(agent.config.device)  # [N, A, H+1]
+    for t in range(1, H + 1):
+        dream.append(model.rssm.img_step(dream[-1], action[:, :, t]))
+    reward, cont = model.predict(torch.stack(dream, 1))  # each [N, H+1]
+    reward[:, 2:] *= cont[:, 1:-1].cumprod(1)
+    metrics = {"reward_rho": reward_rho(reward[:, 1:], torch.cat(rewards)[:, 1:])}
 
-    # Compare with rows of the episode in which the dream begins, and with no other.
-    real = {name: x[:, 4:] for name, x in batch.items()}  # [N, H+1, ...]
-    same = (~real["is_first"][:, 1:]).cumprod(1).bool()  # [N, H]
-    metrics = {"reward_rho": reward_rho(model, dream, real, same)}
-    for k in sorted({1, 3, 5, 10, H} & set(range(H + 1))):
-        valid = same[:, k - 1]
-        error = model.decoder(dream[valid, k]) - real["obs"][valid, k] / 255  # [., 64, 64, 3]
-        metrics[f"psnr_{k}"] = -10 * error.square().mean((-3, -2, -1)).log10().mean()
-
-    feat, _ = imagine(model, agent.actor, dream[:, 0], H)  # [H+1, N, F]
+    feat, _ = imagine(model, agent.actor, dream[0], H)  # [H+1, N, F]
     prior = model.rssm.prior(feat[1:, :, : model.rssm.hidden])  # [H, N, S, K]
     metrics["latent_entropy"] = model.rssm.entropy(prior).mean()
     metrics["policy_entropy"] = agent.actor(feat[:-1]).entropy().mean()
     return metrics
 
 
-def reward_rho(model: WorldModel, dream: Tensor, real: dict[str, Tensor], same: Tensor) -> float:
-    """Eq. 5.1 of dreams [N, H+1, F] and rows [N, H+1, ...]; nan without variance."""
-    reward, cont = model.predict(dream)  # each [N, H+1]
-    cont[:, 0] = 1  # the episode is alive when the dream begins
-    dreamed = cont[:, :-1].cumprod(1) * reward[:, 1:]  # [N, H]
-    # The reward after a termination is known: 0. After a time limit it is not known.
-    known = same | (same & real["terminated"][:, 1:]).cumsum(1).bool()  # [N, H]
-    x, y = dreamed[known].cpu(), (same * real["reward"][:, 1:])[known].cpu()
+def reward_rho(dreamed: Tensor, real: Tensor) -> float:
+    """Eq. 5.1 over all pairs; a real reward that is not known is nan. If nothing varies: nan."""
+    x, y = dreamed.cpu()[real.isfinite()], real[real.isfinite()]
     varies = len(x) > 1 and x.min() < x.max() and y.min() < y.max()
     return np.corrcoef(x, y)[0, 1] if varies else np.nan
 
@@ -788,7 +784,8 @@ def save_checkpoint(agent: Agent, replay: ReplayBuffer, log: Log, *progress: int
     """Write all of a run into checkpoint.pt, whole or not at all."""
     state = {"config": asdict(agent.config), "agent": agent.state_dict(), "progress": progress}
     state["optimizers"] = {part: x.state_dict() for part, x in agent.optimizers.items()}
-    state |= {"rows": stack_rows(replay.rows), "lines": log.lines, "random": torch.get_rng_state()}
+    state |= {"rows": stack_rows(replay.rows), "lines": log.lines}
+    state["random"] = torch.get_rng_state()
     (log.folder / "config.json").write_text(json.dumps(state["config"], indent=2))
     torch.save(state, log.folder / "new.pt")
     (log.folder / "new.pt").replace(log.folder / "checkpoint.pt")
@@ -829,22 +826,25 @@ def load_agent(path: str | Path, device: str = "cpu") -> Agent:
         return agent
 
 
-# %% Command line
-def main(argv: list[str] | None = None) -> None:
+# %% The command line, or the last cell of a notebook
+def main(argv: list[str] | None = None) -> Path | None:
     """The command line. A bad value or file ends it with one line, and exit code 1."""
     try:
         config = tyro.cli(Config, args=argv)
-        if config.eval:
-            agent = load_agent(config.eval, config.device)
-            print(json.dumps(evaluate(agent, config.episodes, config.seed), indent=2))
-        else:
-            train(config)
+        if not config.eval:
+            return train(config)
+        agent = load_agent(config.eval, config.device)
+        print(json.dumps(evaluate(agent, config.episodes, config.seed), indent=2))
     except (ValueError, OSError, MemoryError) as error:
         sys.exit("dreamer.py: error: " + " ".join((str(error) or repr(error)).split()))
     except KeyboardInterrupt:
         sys.exit("dreamer.py: stopped")
 
 
-# A notebook's cells are called __main__, too, but there sys.argv[0] is the kernel.
-if __name__ == "__main__" and Path(sys.argv[0]).name == Path(globals().get("__file__", "-")).name:
-    main()
+if __name__ == "__main__":
+    if Path(sys.argv[0]).name == Path(globals().get("__file__", "-")).name:
+        main()
+    elif "ipykernel" in sys.modules:  # a notebook, where sys.argv[0] is the kernel
+        from recipes.notebook import show
+
+        show(main(ARGUMENTS.split()))

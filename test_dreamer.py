@@ -36,8 +36,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # networks this small only wait for a secon
 torch.set_num_threads(1)
 A, D, Z, S, K = 2, 16, 16, 4, 4  # the sizes of SMALL
 SMALL = dict(depth=2, hidden=D, groups=S, classes=K, units=16, batch_size=3, batch_length=6)
-SMALL |= dict(horizon=3, prefill=40, pretrain=3, train_ratio=6.0, capacity=300)
-SMALL |= dict(eval_every=32, episodes=1, held_out=1)
+SMALL |= dict(horizon=3, prefill=40, pretrain=3, train_ratio=6.0, eval_every=32, episodes=1)
 RUN = SMALL | dict(env="Corridor-v0", steps=96)  # 24 updates
 BLACK = np.zeros((64, 64, 3), np.uint8)
 BINS, twohot_encode = dreamer.TwoHotHead(1, 1, 1).bins, dreamer.twohot_encode
@@ -114,11 +113,12 @@ def register(name, entry=Counting, limit=None, **options):
 register("Corridor", Corridor, 16)
 register("Counting")
 register("Numbers", gives=dict(step=lambda r, *ends: (np.array([r]), np.bool_(ends[0]), 0)))
+register("Arrays", gives=dict(step=lambda r, end, cut: (int(r), int(end), np.array([[cut]]))))
 register("Truncated", ends_by="truncated")
 register("Endless", length=10**9)
 register("Long", length=20)
-register("Eight", length=8)
-register("EightCut", length=8, ends_by="truncated")
+register("Ten", length=10)
+register("TenCut", length=10, ends_by="truncated")
 register("Box", space=Box(-2.0, 2.0, (2,), np.float64))
 register("Unbounded", space=Box(-np.inf, np.inf, (2,)))
 register("Buttons", space=MultiDiscrete([2, 2]))
@@ -206,8 +206,9 @@ def test_rewards_and_values_begin_at_exactly_zero_and_actions_nearly_uniform(age
     assert torch.allclose(agent.actor(feat).probs, torch.tensor(1 / A), atol=0.02)
 
 
-def test_weights_begin_with_variance_one_over_fan_in():
-    layer = torch.nn.Conv2d(16, 64, 5)
+@pytest.mark.parametrize("kind, sizes", [("Conv2d", (16, 64, 5)), ("ConvTranspose2d", (64, 16, 5))])
+def test_weights_begin_with_variance_one_over_fan_in(kind, sizes):
+    layer = getattr(torch.nn, kind)(*sizes)
     dreamer.init_weights(layer)
     assert layer.weight.std().item() == pytest.approx(1 / 20, rel=0.02) and not layer.bias.any()
 
@@ -337,7 +338,10 @@ def test_a_box_actor_is_a_bounded_normal():
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
 def test_pixel_env_passes_gymnasiums_checker(env_id):
-    check_env(PixelEnv(env_id))
+    class Alone(PixelEnv):
+        spec = None  # else the checker makes the environment again, without this wrapper
+
+    check_env(Alone(env_id))
 
 
 def test_pixels_are_averages_over_areas():
@@ -373,8 +377,14 @@ def test_a_frame_may_be_gray_or_color_of_integers_flags_or_floats_up_to_one(kind
 
 FAULTS = {
     "an error": (dict(error=RuntimeError("a wheel\n  came off")), "a wheel came off"),
-    "a reward of nan": (dict(step=lambda r, *e: (np.nan, *e)), "the reward is nan"),
+    "a reward of nan": (dict(step=lambda r, *e: (np.nan, *e)), "step() gave reward=nan, terminat"),
+    "no reward": (dict(step=lambda r, *e: (None, *e)), "step() gave reward=nan, terminated=0.0"),
     "two rewards": (dict(step=lambda r, *e: (np.ones(2), *e)), "size 1"),
+    "no end": (dict(step=lambda r, *e: (r, None, 0)), "reward=1.0, terminated=nan, truncated=0.0"),
+    "no cut": (dict(step=lambda r, *e: (r, 0, None)), "reward=1.0, terminated=0.0, truncated=nan"),
+    "an end in words": (dict(step=lambda r, *e: (r, "no", False)), "float: 'no'"),
+    "a cut in words": (dict(step=lambda r, *e: (r, False, "no")), "float: 'no'"),
+    "two ends": (dict(step=lambda r, *e: (r, np.zeros(2, bool), False)), "size 1"),
     "no frame": (dict(frame=lambda x: None), "render() gave NoneType (), no frame in 0...255"),
     "a list of frames": (dict(frame=lambda x: [x, x]), "list (2, 80, 120, 3)"),
     "text": (dict(frame=lambda x: "cell 3"), "no frame in 0...255"),
@@ -414,7 +424,7 @@ def test_rewards_of_repeated_actions_are_summed_and_an_episode_without_an_end_is
     assert not rows[-1]["terminated"]
 
 
-@pytest.mark.parametrize("env_id", ["Counting-v0", "Numbers-v0"])
+@pytest.mark.parametrize("env_id", ["Counting-v0", "Numbers-v0", "Arrays-v0"])
 def test_rows_hold_the_action_that_led_to_their_frame(env_id):
     rows = episode(PixelEnv(env_id), [5, 7, 6, 5])
     assert [round(row["obs"].mean() / 10) for row in rows] == [0, 1, 2, 3, 4]
@@ -710,9 +720,9 @@ def test_training_acts_and_learns_when_and_as_fast_as_it_should(tmp_path, monkey
     patch.setattr(dreamer, "evaluate", lambda *args: {})
     config = Config(**RUN | dict(lr=0.01, seed=1, runs=str(tmp_path)))
     train(config)
-    assert begun[1:] == [2_000_000 + 2 * i for i in range(6)]  # of evaluations they are odd
+    assert begun == [2_000_000 + 2 * i for i in range(6)]  # of evaluations they are odd
     assert len(acted) == 96 and all(options == {"explore": True} for *_, options in acted)
-    assert [n for n, state, _ in acted if state is None] == [2, 3, 4, 5, 6, 7]
+    assert [n for n, state, _ in acted if state is None] == [1, 2, 3, 4, 5, 6]
     assert behaved == list(range(4, len(rates) + 1))  # not while the model is pretrained
     for update, rate in enumerate(rates):
         step = next(step for step in range(97) if dreamer.updates_due(config, step) > update)
@@ -753,12 +763,9 @@ def test_a_line_comes_with_every_episode_and_a_checkpoint_with_every_evaluation(
     assert dreamer.read_checkpoint(run)["progress"] == (96, 6, 21)
     assert json.loads((run / "config.json").read_text())["steps"] == 96
     log = dreamer.Log(tmp_path)
-    for number in (1.0, torch.tensor(2.0), 6.0):
-        log.add({"x": number})
-    log.write({})  # the means since the line before
-    log.add({"x": 5})
-    log.write({})
-    assert lines_of(tmp_path) == [{"x": 3.0}, {"x": 5.0}]
+    log.write({"x": torch.tensor(2.0), "y": np.float32(0.5)})
+    log.write({"x": 5})
+    assert lines_of(tmp_path) == [{"x": 2.0, "y": 0.5}, {"x": 5.0}]
 
 
 def test_the_same_config_gives_the_same_run_also_where_one_was_killed_at_once(run, tmp_path):
@@ -777,8 +784,8 @@ def test_the_same_config_gives_the_same_run_also_where_one_was_killed_at_once(ru
 def test_a_checkpoint_holds_the_trained_agent_and_rows_that_are_freed_one_by_one(run, capsys):
     agent, last, replay = load_agent(run), lines_of(run)[-1], ReplayBuffer(1_000)
     metrics = evaluate(agent, 1, seed=0)
-    assert metrics == {key: last[key] for key in metrics} and len(metrics) >= 6
-    dreamer.main(["--eval", str(run), "--episodes", "1"])
+    assert metrics == {key: last[key] for key in metrics} and len(metrics) == 5
+    assert dreamer.main(["--eval", str(run), "--episodes", "1"]) is None
     assert json.loads(capsys.readouterr().out) == metrics
     dreamer.load_checkpoint(agent, replay, dreamer.Log(run))
     assert len(replay.rows) == 102
@@ -799,9 +806,12 @@ def test_an_id_may_name_its_module_and_a_given_agent_is_trained_by_its_own_confi
     assert any("world_model" in name for name in changed(agent, before))
 
 
-def test_continuous_actions_train_in_a_full_buffer_and_every_environment_is_closed(tmp_path):
+def test_continuous_actions_train_in_a_full_buffer_and_every_environment_is_closed(
+    tmp_path, monkeypatch
+):
     Counting.opened.clear()
-    config = RUN | dict(env="Box-v0", action_repeat=2, capacity=50, steps=60, eval_every=50)
+    monkeypatch.setattr(dreamer, "ReplayBuffer", lambda device: ReplayBuffer(50, device))
+    config = RUN | dict(env="Box-v0", action_repeat=2, steps=60, eval_every=50)
     folder = train(Config(**config, runs=str(tmp_path)))
     agent = load_agent(folder)
     assert not Counting.opened
@@ -814,18 +824,18 @@ def test_the_file_runs_as_a_program_and_every_metric_is_explained(tmp_path, monk
     """As `python dreamer.py` does, and a notebook's `%run dreamer.py`."""
     monkeypatch.chdir(tmp_path)
     program = str(HERE / "dreamer.py")
-    config = SMALL | dict(steps=60, eval_every=1000)
+    config = RUN | dict(steps=60, eval_every=1000)
     monkeypatch.setattr(sys, "argv", [program, *flags(config)])
     monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
     runpy.run_path(program, run_name="__main__")
-    printed, folder = capsys.readouterr(), Path("runs", "CartPole-v1-0")
+    printed, folder = capsys.readouterr(), Path("runs", "Corridor-v0-0")
     assert str(folder) in printed.out and "--resume" in printed.out
     assert "100%" in printed.err and "Warning" not in printed.err  # the bar counted all
     files = {"config.json", "metrics.jsonl", "curves.png", "checkpoint.pt"}
     assert {path.name for path in folder.iterdir()} == files
     keys = {key for line in lines_of(folder) for key in line} | {"eval/reward_rho"}
     assert {k.split("/")[0] for k in keys} == {"env", "wm", "ac", "eval"}
-    assert not [k for k in keys if f"`{re.sub('_[0-9]+$', '_k', k)}`" not in README]
+    assert not [key for key in keys if f"`{key}`" not in README]
 
 
 BAD_INPUT = {
@@ -833,14 +843,16 @@ BAD_INPUT = {
     "--steps many": "invalid literal for int",
     "--eval": "--eval",
     "--episodes 0": "episodes must lie between 1 and",
-    "--lr nan": "lr must lie between 0 and 10**9, not nan",
+    "--lr nan": "lr must lie between 0 and 1000000000, not nan",
     "--free-nats -1": "free_nats must lie between 0",
-    "--gamma 1.5": "gamma, lam, critic_rate and return_rate must not exceed 1",
-    "--steps 1000": "prefill < steps",
+    "--gamma 1.5": "gamma must lie between 0 and 1, not 1.5",
+    "--return-rate 2": "return_rate must lie between 0 and 1, not 2",
+    "--steps 1000": "batch_length <= prefill < steps must hold",
+    "--batch-length 1501": "batch_length <= prefill < steps must hold",
     "--env CartPol-v1": "Did you mean: `CartPole`?",
     "--env no_such_module:Thing-v0": "No module named 'no_such_module'",
     "--env Blind-v0": "no frame in 0...255",
-    "--env Broken-v0": "no display, no luck",
+    "--env Broken-v0 --seed 3": "Broken-v0, episode with seed 6000000: no display, no luck",
     "--env Buttons-v0": "--env Buttons-v0",
     "--env Unbounded-v0": "--env Unbounded-v0",
     "--device tpu": "networks on --device tpu: ",
@@ -850,7 +862,8 @@ BAD_INPUT = {
     "--eval run --episodes 0": "episodes must lie between 1 and",
     "--eval broken.pt": "broken.pt holds no checkpoint",
     "--eval foreign.pt": "foreign.pt",
-    "--resume": "holds no checkpoint",
+    "--resume --runs hurt": "CartPole-v1-0 holds no checkpoint that can be used",
+    "--resume --runs .": "the agent of CartPole-v1-0: ",
     "--runs .": "exists: --resume or delete it, or change --seed or --runs",
     "--runs broken.pt": "broken.pt",
 }
@@ -867,6 +880,8 @@ def workplace(run, tmp_path_factory):
     torch.save({"weights": torch.zeros(3)}, folder / "foreign.pt")
     shutil.copytree(run, folder / "run")
     shutil.copytree(run, folder / "CartPole-v1-0")
+    (folder / "hurt" / "CartPole-v1-0").mkdir(parents=True)
+    shutil.copy(folder / "broken.pt", folder / "hurt" / "CartPole-v1-0" / "checkpoint.pt")
     return folder
 
 
@@ -921,10 +936,11 @@ def test_the_file_opens_as_a_notebook_whose_cells_run_in_order_and_train_nothing
     notebook = types.ModuleType("__main__")
     monkeypatch.setitem(sys.modules, "__main__", notebook)
     monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)  # where one runs, it trains
     flags = __future__.annotations.compiler_flag  # IPython, too, carries it from cell to cell
     for cell in re.split(r"^# %%.*\n", source, flags=re.MULTILINE):
         exec(compile(cell, "cell", "exec", flags), vars(notebook))
-    assert notebook.Config().env == "CartPole-v1"
+    assert dreamer.tyro.cli(notebook.Config, args=notebook.ARGUMENTS.split()).resume
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -981,11 +997,10 @@ def killed_while_saving():
 
 @ON_POSIX
 def test_kills_and_ctrl_c_change_nothing(run, tmp_path):
-    argv, folder = flags(RUN | {"runs": tmp_path}), tmp_path / "Corridor-v0-0"
+    argv, folder = [*flags(RUN | {"runs": tmp_path}), "--resume"], tmp_path / "Corridor-v0-0"
     kill = signal.SIGKILL
     assert in_child(argv, signal_in("evaluate", kill))[0] == -kill  # before the first checkpoint
     assert in_child(argv, signal_in("update_world_model", kill, 5))[0] == -kill
-    argv += ["--resume"]
     code, output = in_child(argv, signal_in("update_behavior", signal.SIGINT, 3))
     assert code == 1 and output.splitlines()[-1].endswith("dreamer.py: stopped")
     assert "Traceback" not in output
@@ -1007,7 +1022,7 @@ def test_a_process_that_has_rendered_obeys_kill(tmp_path):
 def test_a_finished_run_goes_on_with_more_steps_from_where_it_was(run, tmp_path):
     folder = shutil.copytree(run, tmp_path / run.name)
     argv, before = [*flags(RUN | {"runs": tmp_path}), "--resume"], lines_of(folder)
-    dreamer.main(argv)  # there is nothing left to do
+    assert dreamer.main(argv) == folder  # there is nothing left to do
     assert lines_of(folder) == before
     dreamer.main([*argv, "--steps", "112"])
     after = lines_of(folder)
@@ -1067,131 +1082,135 @@ def test_a_damaged_checkpoint_is_refused_and_one_with_code_runs_none_of_it(run, 
 
 # Section 5: self-evaluation metrics
 def test_returns_are_of_unseen_seeds_and_random_actions_take_over_in_the_others(monkeypatch):
-    agent, seeds, sizes = new_agent(env="Corridor-v0", held_out=130), [], []
+    agent, seeds, seen = new_agent(env="Corridor-v0"), [], []
 
     def watched(agent, env, seed, chance=0.0):
         seeds.append((seed, chance > 0))
-        return 30 * [{"reward": seed % 8}]
+        return 250 * [{"reward": seed % 8}], [seed]
 
     monkeypatch.setattr(dreamer, "play", watched)
-    monkeypatch.setattr(dreamer, "dream_metrics", lambda agent, rows: sizes.append(len(rows)) or {})
+    monkeypatch.setattr(
+        dreamer, "dream_metrics", lambda agent, held_out: seen.extend(held_out) or {}
+    )
     metrics = evaluate(agent, 2, seed=3)
-    assert seeds == [(6_000_001 + 2 * i, i > 1) for i in range(7)] and sizes == [150]
-    assert metrics == {"eval/return": 30 * 2, "eval/return_std": 30 * 1}
+    assert seeds == [(6_000_001 + 2 * i, i > 1) for i in range(6)]  # 4 * 250 rows are enough
+    assert [(len(rows), *states) for rows, states in seen] == [(250, seed) for seed, _ in seeds[2:]]
+    assert metrics == {"eval/return": 250 * 2, "eval/return_std": 250 * 1}
 
 
 def test_random_actions_take_over_for_fifteen_steps_and_the_agent_knows_what_was_done(monkeypatch):
     class Always:
         def act(self, obs, state=None):
-            told.append(state and state[1][0].argmax().item())
-            return 5, (torch.zeros(1), "what it chose")
+            told.append(state and (state[0].item(), state[1][0].argmax().item()))
+            return 5, (torch.tensor(obs[0, 0, :1] / 10), "what it chose")
 
     told, env = [], PixelEnv("Long-v0")
     chances = iter([0.9, 0.9, 0.1, *[0.9] * 17])
     monkeypatch.setattr(dreamer.torch, "rand", lambda shape: next(chances))
-    rows = play(Always(), env, seed=3, chance=0.5)
+    rows, states = play(Always(), env, seed=3, chance=0.5)
     env.action_space.seed(3 + 2**40)
     expected = [5, 5, *(env.action_space.sample() for _ in range(15)), 5, 5, 5]
     assert [5 + row["prev_action"].argmax() for row in rows[1:]] == expected != 20 * [5]
-    assert told == [None, *(action - 5 for action in expected[:-1])]
+    assert told == [None, *((t, action - 5) for t, action in enumerate(expected[:-1]))]
+    assert [x.item() for x in states] == list(range(20))  # of frame t, before action t
 
 
 class Known:
-    """An agent whose model knows Counting: h is the time, the frame 10 h, the reward h."""
+    """An agent whose model knows Counting: a state is the time, which is the reward, too, the
+    action that led to it, and a random number that an acting state draws and a dream keeps."""
 
-    def __init__(self, horizon=6, length=8, blur=lambda h: 0 * h):
+    def __init__(self, horizon=6, length=10):
         self.config, self.length, self.hidden = Config(horizon=horizon), length, 1
         self.world_model = self.rssm = self
-        self.encoder = lambda obs: (obs[..., 0, 0, :1] / 10).round()
         self.entropy = lambda probs: RSSM.entropy(None, probs)
-        self.blur = blur
+
+    def act(self, obs, state=None):
+        feat = torch.tensor([[round(obs.mean() / 10), 0.0, torch.rand(())]])
+        return 5 + torch.randint(3, ()).item(), (feat, None)
 
     def actor(self, feat):
         return OneHotCategorical(logits=feat[..., :1] * torch.tensor([0.1, 0.0, -0.1]))
 
-    def decoder(self, feat):
-        h = feat[..., 0]
-        frame = h * 10 / 255 + self.blur(h)
-        return frame[..., None, None, None].expand(*h.shape, 64, 64, 3)
-
-    def observe(self, embed, prev_action, is_first):
-        return torch.cat([embed, 0 * embed], -1), None, None
-
     def img_step(self, feat, action):
-        return torch.stack([feat[:, 0] + 1, action.argmax(-1).float()], -1)
+        action = action.argmax(-1).float()
+        return torch.stack([feat[..., 0] + 1, action, feat[..., 2]], -1)
 
     def predict(self, feat):
         cont = (feat[..., 0] != self.length).float()
         cont[:, 0] = torch.linspace(0.1, 0.9, len(cont))  # of the start itself: no account
-        return feat[..., 0], cont
+        return feat[..., 0].clone(), cont
 
     def prior(self, h):
         return torch.stack(3 * [torch.cat([1 + h, 31 - h], -1) / 32], -2)
 
 
-def held_out(*env_ids, episodes=4):
-    rows = []
-    for env_id in env_ids:
-        with PixelEnv(env_id) as env:
-            for _ in range(episodes):
-                rows += episode(env, [env.action_space.sample() for _ in range(8)])
-    return rows
-
-
-def metrics_of(agent, rows):
+def held_out(agent, *env_ids):
     torch.manual_seed(0)
-    return {name: float(x) for name, x in dreamer.dream_metrics(agent, rows).items()}
+    return [play(agent, PixelEnv(env_id), seed) for env_id in env_ids for seed in range(4)]
 
 
 def test_the_metrics_of_dreams_are_those_of_the_equations(monkeypatch):
-    """Eq. 5.1 to 5.4, a window at a time, with a model that errs in all of them."""
-    agent, H = Known(6, blur=lambda h: 0.02 + 0.01 * (h % 3)), 6
-    agent.predict = lambda feat: (feat[..., 0] ** 2 % 7 + feat[..., 1], 1 / (1 + feat[..., 0]))
-    rows = held_out("Eight-v0", "EightCut-v0")
-    metrics = metrics_of(agent, rows)
-    begins = range(0, len(rows) - 10, 4)
-    batch = [dreamer.stack_rows(rows[i : i + 11]) for i in begins]
-    batch = {name: torch.stack([x[name] for x in batch]) for name in batch[0]}
-    times = (batch["obs"][..., 0, 0, 0] / 10).round()
-    x, y, psnr, latent, policy = [], [], {k: [] for k in range(1, 7)}, [], []
-    for n in range(len(begins)):
-        begin, alive, over, cut = times[n, 4].item(), 1.0, batch["terminated"][n, 4].item(), False
-        ended = over
-        for k in range(1, H + 1):
-            h, action = begin + k, batch["prev_action"][n, 4 + k].argmax().item()
-            p = np.array([1 + h, 31 - h]) / 32
-            latent.append(-3 * (p * np.log(p)).sum())
-            logits = torch.tensor([0.1, 0.0, -0.1]) * (h - 1)
-            policy.append(Categorical(logits=logits).entropy().item())
-            if batch["is_first"][n, 4 + k]:
-                over, cut = True, not ended
-            if not batch["terminated"][n, 4] and not cut:  # a reward is known, also after the end
-                x.append(alive * (h**2 % 7 + action))
-                y.append(0.0 if over else batch["reward"][n, 4 + k].item())
-            if not over:
-                error = h * 10 / 255 + 0.02 + 0.01 * (h % 3) - batch["obs"][n, 4 + k, 0, 0, 0] / 255
-                psnr[k].append(-20 * np.log10(abs(float(error))))
-                ended = batch["terminated"][n, 4 + k].item()
-            alive *= 1 / (1 + h)
+    """Eq. 5.1 to 5.3, a step at a time, with a model that errs in all of them. The start of a
+    dream is known by its random number, and an action by its share in the dreamed reward."""
+    agent, H, pairs = Known(6), 6, []
+    agent.predict = lambda feat: (
+        feat[..., 0] ** 2 % 7 + 3 * feat[..., 1] + 20 * feat[..., 2],
+        1 / (1 + 0.1 * feat[..., 0] + 0.1 * feat[..., 1]),
+    )
+    spy(monkeypatch, dreamer, "reward_rho", lambda *both: pairs.extend(both))
+    episodes = held_out(agent, "Ten-v0", "TenCut-v0", "Truncated-v0")
+    metrics = {name: float(x) for name, x in dreamer.dream_metrics(agent, episodes).items()}
+    dreams, x, y, latent, policy = 0, [], [], [], []
+    for rows, states in episodes:
+        assert len(states) == len(rows) - 1 in (4, 10)
+        for begin in range(0, len(rows) - 1, 4):  # the last row is no start
+            dreams, alive, number = dreams + 1, 1.0, states[begin][0, 2].item()
+            for k in range(1, H + 1):
+                h, over = begin + k, begin + k >= len(rows)
+                action = rows[-1 if over else h]["prev_action"].argmax().item()
+                if not over or rows[-1]["terminated"]:  # after a time limit nothing is known
+                    x.append(alive * (h**2 % 7 + 3 * action + 20 * number))
+                    y.append(0.0 if over else float(h))
+                alive /= 1 + 0.1 * h + 0.1 * action
+                p = np.array([1 + h, 31 - h]) / 32
+                latent.append(-3 * (p * np.log(p)).sum())
+                logits = torch.tensor([0.1, 0.0, -0.1]) * (h - 1)
+                policy.append(Categorical(logits=logits).entropy().item())
+    dreamed, real = pairs
+    assert dreamed.shape == real.shape == (dreams, H) == (4 * (3 + 3 + 1), 6)
+    assert len(x) == 4 * (3 * 6 + (6 + 6 + 2) + 4)  # starts 0, 4 and 8 of 10; 0 of 4
+    assert real[real.isfinite()].tolist() == y
+    assert dreamed[real.isfinite()].tolist() == pytest.approx(x, rel=1e-5)
+    assert set(metrics) == {"reward_rho", "latent_entropy", "policy_entropy"}
     assert metrics["reward_rho"] == pytest.approx(np.corrcoef(x, y)[0, 1], rel=1e-4)
-    for k in (1, 3, 5, 6):
-        assert metrics[f"psnr_{k}"] == pytest.approx(np.mean(psnr[k]), rel=1e-4), k
-    assert len(metrics) == 7  # psnr of 1, 3, 5 and H
     assert metrics["latent_entropy"] == pytest.approx(np.mean(latent), rel=1e-3)
     assert metrics["policy_entropy"] == pytest.approx(np.mean(policy), rel=1e-4)
 
 
 def test_a_perfect_model_has_correlation_one_and_one_that_sees_no_end_has_not():
-    rows = held_out("Eight-v0", episodes=12)
-    assert metrics_of(Known(), rows)["reward_rho"] == pytest.approx(1)
-    assert metrics_of(Known(length=100), rows)["reward_rho"] < 0.5
-    cut = held_out("EightCut-v0", episodes=12)  # after a time limit nothing is assumed
-    assert metrics_of(Known(length=100), cut)["reward_rho"] == pytest.approx(1)
+    def rho(agent, env_id):
+        return dreamer.dream_metrics(agent, held_out(agent, env_id))["reward_rho"]
+
+    assert rho(Known(), "Ten-v0") == pytest.approx(1)
+    assert rho(Known(length=100), "Ten-v0") < 0.5
+    assert rho(Known(length=100), "TenCut-v0") == pytest.approx(1)  # nothing is assumed
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")  # of a correlation without variance
+def test_reward_rho_is_pearsons_of_the_known_pairs_and_nan_where_nothing_varies():
+    dreamed, nan = torch.tensor([[1.0, 2.0], [3.0, 7.0]]), math.nan
+    assert dreamer.reward_rho(dreamed, torch.tensor([[6, 4], [2, nan]])) == pytest.approx(-1)
+    # Deviations from the means: -2.25, -1.25, -0.25, 3.75 and -1, -1, 1, 1.
+    expected, real = 7 / math.sqrt(20.75 * 4), torch.tensor([[0.0, 0.0], [2.0, 2.0]])
+    assert dreamer.reward_rho(dreamed, real) == pytest.approx(expected)
+    for real in ([[4, 4], [4, nan]], [[nan, 4], [nan, nan]], [[nan, nan], [nan, nan]]):
+        assert math.isnan(dreamer.reward_rho(dreamed, torch.tensor(real)))
+    assert math.isnan(dreamer.reward_rho(torch.ones(2, 2), dreamed))
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_evaluation_is_a_function_of_its_seed_and_what_does_not_exist_is_left_out():
-    """On the smallest set of held-out episodes, without variance of the rewards."""
+    """Here the rewards do not vary, and dreams have one step."""
     register("Still", ends_by="truncated", gives=dict(step=lambda r, *ends: (1.0, *ends)))
     agent = new_agent(space=Discrete(3, start=5), env="Still-v0", horizon=1)
     torch.manual_seed(1)
@@ -1200,8 +1219,8 @@ def test_evaluation_is_a_function_of_its_seed_and_what_does_not_exist_is_left_ou
     assert torch.equal(torch.get_rng_state(), state)
     torch.rand(7)
     assert metrics == evaluate(agent, 1, seed=5) != evaluate(agent, 1, seed=6)
-    assert "eval/reward_rho" not in metrics and np.isfinite(list(metrics.values())).all()
-    assert {"eval/psnr_1", "eval/latent_entropy", "eval/policy_entropy"} <= set(metrics)
+    names = {f"eval/{x}" for x in ("return", "return_std", "latent_entropy", "policy_entropy")}
+    assert set(metrics) == names and np.isfinite(list(metrics.values())).all()
 
 
 # The form of it all
@@ -1233,6 +1252,6 @@ def test_it_learns_to_walk_the_corridor_from_pixels(tmp_path):
     """Of 8, random actions collect about 3; without world model or actor updates it is 1."""
     config = dict(env="Corridor-v0", steps=600, prefill=240, pretrain=60, train_ratio=40)
     config |= dict(batch_size=8, batch_length=8, horizon=8, depth=2, hidden=32, groups=8)
-    config |= dict(classes=8, units=64, entropy=1e-2, held_out=1, episodes=1)
+    config |= dict(classes=8, units=64, entropy=1e-2, episodes=1)
     folder = train(Config(**config, runs=str(tmp_path)))
     assert evaluate(load_agent(folder), 5, seed=1)["eval/return"] >= 7

@@ -14,37 +14,27 @@ import sys
 
 import torch
 from PIL import Image
-from torch import Tensor
 
-from dreamer import PixelEnv, WorldModel, load_agent, play, stack_rows
+from dreamer import PixelEnv, load_agent, play, stack_rows
 
 SEEN = 5  # frames that the agent sees before it dreams
 
 
 @torch.no_grad()
-def dream_on(model: WorldModel, rows: dict[str, Tensor]) -> Tensor:
-    """Rows [L, ...] of one episode -> dreamed frames [L, 64, 64, 3] in [0, 1]."""
-    embed = model.encoder(rows["obs"][None, :SEEN])  # [1, 5, E]
-    seen = rows["prev_action"][None, :SEEN], rows["is_first"][None, :SEEN]
-    feat, *_ = model.rssm.observe(embed, *seen)  # [1, 5, F]
-
-    feats = list(feat.unbind(1))
-    for action in rows["prev_action"][SEEN:]:
-        feats.append(model.rssm.img_step(feats[-1], action[None]))
-    return model.decoder(torch.cat(feats))
-
-
 def film(run: str, seed: int, frames: int, chance: float) -> list[Image.Image]:
     """One image for each step of an episode."""
     torch.manual_seed(seed)
     agent = load_agent(run)
     with PixelEnv(agent.config.env, agent.config.action_repeat) as env:
-        rows = stack_rows(play(agent, env, seed, chance)[:frames])
+        rows, states = play(agent, env, seed, chance)
+    rows, feats = stack_rows(rows[:frames]), states[:SEEN]  # [L, ...], each [1, F]
     if len(rows["obs"]) <= SEEN:
         raise ValueError(f"the episode with seed {seed} has no more than {SEEN} frames")
 
-    truth = rows["obs"] / 255
-    dream = dream_on(agent.world_model, rows)
+    model, truth = agent.world_model, rows["obs"] / 255
+    for action in rows["prev_action"][SEEN:]:
+        feats.append(model.rssm.img_step(feats[-1], action[None]))
+    dream = model.decoder(torch.cat(feats))  # [L, 64, 64, 3]
     difference = (1 + dream - truth) / 2
     panels = torch.cat([truth, dream, difference], 2)  # [L, 64, 192, 3]
     return [Image.fromarray(x).resize((576, 192)) for x in (255 * panels).byte().numpy()]

@@ -23,18 +23,16 @@ def states(agent: Agent, episodes: int, steps: int) -> tuple[torch.Tensor, torch
     model, real, dreamed = agent.world_model, [], []
     with PixelEnv(agent.config.env, agent.config.action_repeat) as env:
         for number in range(episodes):
-            rows = stack_rows(play(agent, env, seed=2 * number + 1, chance=0.02))
-            action = rows["prev_action"]
-            if len(action) <= steps:
+            rows, feat = play(agent, env, seed=2 * number + 1, chance=0.02)
+            if len(feat) <= steps:
                 continue
 
-            inputs = model.encoder(rows["obs"]), action, rows["is_first"]
-            feat, *_ = model.rssm.observe(*(x[None] for x in inputs))  # [1, L, F]
-            starts = torch.arange(0, len(action) - steps, 5)
-            dream = feat[0, starts]
+            action, feat = stack_rows(rows)["prev_action"], torch.cat(feat)  # [L+1, A], [L, F]
+            starts = torch.arange(0, len(feat) - steps, 5)
+            dream = feat[starts]
             for k in range(1, steps + 1):
                 dream = model.rssm.img_step(dream, action[starts + k])
-            real.append(feat[0, starts + steps])
+            real.append(feat[starts + steps])
             dreamed.append(dream)
     if sum(map(len, real)) < 4:
         raise ValueError("the episodes are too short for --steps")

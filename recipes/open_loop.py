@@ -5,6 +5,7 @@ first frame. After that it is told only the actions, and it dreams. After a term
 reward is 0. Each dreamed reward is multiplied by the probability that the dream still goes on.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,17 +16,17 @@ STEPS = 20
 
 
 def random_rows(agent: Agent, episodes: int) -> tuple[dict[str, Tensor], Tensor]:
-    """Rows [N, 21, ...] from each first frame on; whether they are of `same` episode [N, 20]."""
-    rows = []
+    """Rows [N, 21, ...] from each first frame on; whether they are of the episode [N, 20]."""
+    batch = []
     with PixelEnv(agent.config.env, agent.config.action_repeat) as env:
         for number in range(episodes):  # with chance 1 every action is random
-            rows += play(agent, env, seed=2 * number + 1, chance=1.0)
+            rows, _ = play(agent, env, seed=2 * number + 1, chance=1.0)
+            # After a termination the reward is known to be 0, after a time limit it is not known.
+            after = rows[-1] | {"reward": np.float32(0 if rows[-1]["terminated"] else np.nan)}
+            batch.append(stack_rows((rows + STEPS * [after])[: STEPS + 1]))
 
-    # After the last row of a short episode follows the next episode.
-    rows = stack_rows(rows)
-    index = rows["is_first"].nonzero() + torch.arange(STEPS + 1)  # [N, 21]
-    real = {name: x[index % len(x)] for name, x in rows.items()}
-    return real, (~real["is_first"][:, 1:]).cumprod(1).bool()
+    real = {name: torch.stack([rows[name] for rows in batch]) for name in batch[0]}
+    return real, real["is_last"][:, :-1].cumsum(1) == 0
 
 
 def dream_on(rssm: RSSM, feat: Tensor, actions: Tensor) -> Tensor:
@@ -56,15 +57,10 @@ def measure(agent: Agent, episodes: int) -> dict:
     for name, x in {"same episode": post, "other episode": post.roll(1, 0)}.items():
         drift[name] = mean((rssm.prior(dream[..., :D]) - x).flatten(2).norm(dim=2))
 
-    reward, cont = model.predict(dream)  # each [N, 21]
-    cont[:, 0] = 1  # the episode is alive when the dream begins
-    # After a termination the reward is known to be 0. After a time limit it is not known.
-    known = same | (same & real["terminated"][:, 1:]).cumsum(1).bool()  # [N, 20]
-    rewards = same * real["reward"][:, 1:], known * cont[:, :-1].cumprod(1) * reward[:, 1:]
-    rho = []
-    for k in range(1, STEPS + 1):
-        part = {name: x[:, : k + 1] for name, x in real.items()}
-        rho.append(float(reward_rho(model, dream[:, : k + 1], part, same[:, :k])))
+    imagined, cont = model.predict(dream)  # each [N, 21]
+    imagined[:, 2:] *= cont[:, 1:-1].cumprod(1)
+    reward, imagined = real["reward"][:, 1:], imagined[:, 1:]  # each [N, 20]
+    rho = [reward_rho(imagined[:, :k], reward[:, :k]) for k in range(1, STEPS + 1)]
 
     own, _ = imagine(model, agent.actor, feat[:, 0], STEPS)  # [21, N, F]: the actor's dream
     z, actor = rssm.entropy(rssm.prior(own[1:, :, :D])), agent.actor(own[:-1]).entropy()
@@ -73,7 +69,7 @@ def measure(agent: Agent, episodes: int) -> dict:
         "latent drift": drift,
         "reward rho": {"dream": rho, "goal": STEPS * [0.8]},
         "entropy in nats": {"z": z.mean(1), "actor": actor.mean(1)},
-        "rewards": rewards,
+        "rewards": (reward.nan_to_num(), imagined.where(reward.isfinite(), 0)),
         "films": (frames, dreamed),
         "same": same,
         "frechet": frechet(embed[:, 1:][same], model.encoder(255 * again[:, 1:][same])),

@@ -15,13 +15,11 @@ import gymnasium as gym
 import numpy as np
 import torch
 
-from dreamer import Agent, PixelEnv, load_agent, play, stack_rows
+from dreamer import Agent, PixelEnv, load_agent, play
 
 
 class Watch(gym.ObservationWrapper):
     """Keeps the last observation of the environment, as a vector."""
-
-    last = None
 
     def observation(self, obs):
         self.last = gym.spaces.flatten(self.env.observation_space, obs)
@@ -37,20 +35,19 @@ class Spy(PixelEnv):
 
     def remember(self, *args, **flags):
         super().remember(*args, **flags)
-        self.row["truth"] = getattr(self.env, "last", None)
+        self.row["truth"] = self.env.last
 
 
 @torch.no_grad()
 def collect(agent: Agent, env: Spy, seeds: range) -> tuple[np.ndarray, np.ndarray]:
     """States with a constant 1 [L, F+1], and true numbers [L, .], of some episodes."""
-    states, truth = [], []
+    feats, truth = [], []
     for seed in seeds:
-        rows = stack_rows(play(agent, env, seed, chance=0.1))
-        inputs = agent.world_model.encoder(rows["obs"]), rows["prev_action"], rows["is_first"]
-        feat, *_ = agent.world_model.rssm.observe(*(x[None] for x in inputs))  # [1, L, F]
-        states.append(torch.nn.functional.pad(feat[0], (0, 1), value=1.0))
-        truth.append(rows["truth"].double())
-    return torch.cat(states).double().numpy(), torch.cat(truth).numpy()
+        rows, states = play(agent, env, seed, chance=0.1)
+        feats += states
+        truth += [row["truth"] for row in rows[:-1]]  # the last row has no state
+    feat = np.pad(torch.cat(feats).double().numpy(), [(0, 0), (0, 1)], constant_values=1)
+    return feat, np.stack(truth).astype(float)
 
 
 def main(argv: list[str] | None = None) -> None:
