@@ -3,7 +3,7 @@
     python dreamer.py --device cpu      (in a notebook: run all cells)
 
 The sections carry the lesson's numbers. The algorithm is DreamerV3 (arXiv:2301.04104).
-Begin with the loop in 4.2 and the agent in 1.6, then read from the top.
+Begin with the loop in 4.1 and the agent in 1.6, then read from the top.
 
 Shapes    B batch   T time   N starts of imagination   H horizon   A action   E embedding
           D size of h   S groups of K classes   Z = S * K size of z   feat = (h, z)   F = D + Z
@@ -49,7 +49,7 @@ from torch import Tensor, nn
 from torch import distributions as td
 from tqdm import tqdm
 
-sg = Tensor.detach  # stop-gradient: marks each cut in a loss, also where no_grad cuts already
+sg = Tensor.detach  # stop-gradient: sg(x) is a constant to the loss, so nothing flows into x
 td.Distribution.set_default_validate_args(False)  # checks of every argument cost time
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # environments draw without a screen,
 os.environ.setdefault("SDL_NO_SIGNAL_HANDLERS", "1")  # and leave Ctrl-C to Python
@@ -69,8 +69,8 @@ class Config:
     runs: str = "runs"  # folder for results; a run writes to RUNS/ENV-SEED
     action_repeat: int = 1  # environment steps for which an action is held
     prefill: int = 1_500  # steps of the untrained actor before the first update
-    pretrain: int = 750  # updates of the world model alone
-    train_ratio: float = 64.0  # replayed steps for each step after the prefill
+    pretrain: int = 500  # updates of the world model alone
+    train_ratio: float = 48.0  # replayed steps for each step after the prefill
     batch_size: int = 8  # B, sequences in a batch
     batch_length: int = 16  # T, steps in a sequence
     depth: int = 8  # the CNN has 2 * depth and 8 * depth channels
@@ -82,7 +82,8 @@ class Config:
     free_nats: float = 0.1  # KL of a step, in nats, that is not penalised
     scale_dyn: float = 1.0  # weight of the KL that trains the prior
     scale_rep: float = 0.05  # weight of the KL that trains the posterior
-    lr: float = 1.5e-3  # learning rate; falls to 0 in the last third
+    lr: float = 1.5e-3  # learning rate of the world model; falls to 0 in the last third
+    behavior_lr: float = 6e-3  # that of actor and critic; falls, too
     starts: int = 32  # N, states of each batch from which dreams start
     horizon: int = 25  # H, imagined steps
     gamma: float = 0.99  # discount of a step
@@ -131,14 +132,14 @@ def twohot_encode(x: Tensor, bins: Tensor) -> Tensor:
 def twohot_decode(logits: Tensor, bins: Tensor) -> Tensor:
     """Logits [..., bins] -> mean of the bins [...]."""
     terms = torch.softmax(logits, -1) * bins
-    # Mirrored terms are added first (and the sum halved): the huge outer bins cancel exactly.
+    # Bins reach +-4.85e8. Each is added to its mirror image first, so that equal weights give 0.
     return (terms + terms.flip(-1)).sum(-1) / 2
 
 
 def init_weights(module: nn.Module) -> None:
-    """Weights of variance 1 / fan-in, three times PyTorch's; zero biases."""
+    """Weights of three times PyTorch's variance (1 / inputs for Linear, Conv2d); zero biases."""
     if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
-        std = 1.1368 / module.weight[0].numel() ** 0.5  # 1.1368: the tails are cut
+        std = 1.1368 / module.weight[0].numel() ** 0.5  # cutting at 2 std divides it by 1.1368
         nn.init.trunc_normal_(module.weight, 0.0, std, -2 * std, 2 * std)
         nn.init.zeros_(module.bias)
 
@@ -209,7 +210,7 @@ def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
 class RSSM(nn.Module):
     """Recurrent state-space model (arXiv:1811.04551). `feat` is (h, z)."""
 
-    kl = staticmethod(kl_divergence)  # of a categorical z; an RSSM of another z brings its own
+    kl = staticmethod(kl_divergence)  # an RSSM whose z is not categorical has another
 
     def __init__(self, embed_size: int, action_size: int, config: Config):
         super().__init__()
@@ -249,7 +250,7 @@ class RSSM(nn.Module):
 
     def sample(self, probs: Tensor) -> Tensor:
         """One-hot z [., Z], through which gradients go straight to `probs`."""
-        # Draw u in [0, 1) and choose the first class whose cumulative probability reaches u.
+        # As td.OneHotCategorical, but faster: the first class whose cumulative probability >= u.
         u = torch.rand_like(probs[..., :1])
         drawn = (sg(probs).cumsum(-1) < u).sum(-1).clamp(max=self.shape[1] - 1)
         one_hot = nn.functional.one_hot(drawn, self.shape[1])
@@ -351,14 +352,14 @@ class PixelEnv(gym.Wrapper):
                 env = gym.wrappers.TimeLimit(env, 1_000)
             self.discrete = isinstance(env.action_space, Discrete)
             if not self.discrete:  # only a bounded Box is accepted
-                one = env.action_space.dtype.type(1)
+                one = env.action_space.dtype.type(1)  # in the precision of the space
                 env = gym.wrappers.RescaleAction(env, -one, one)
             super().__init__(env)
         self.observation_space = Box(0, 255, (64, 64, 3), np.uint8)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         self.where = f"{self.env_id}, episode with seed {seed}"
-        # Random actions must not repeat the environment's own random numbers.
+        # Another seed, or random actions would repeat the environment's own random numbers.
         self.action_space.seed(None if seed is None else seed + 2**40)
 
         with explain(self.where):
@@ -392,7 +393,7 @@ class PixelEnv(gym.Wrapper):
 # %% 1.6 The models: initialised, or given
 class Agent(nn.Module):
     """World model (2.1), actor, critic, and a slow copy of the critic.
-    An encoder or RSSM of an earlier lesson can be given, if its methods and sizes are as above."""
+    Instead, an `encoder` with an embed_size, or an `rssm` with the methods of 1.3, can be given."""
 
     def __init__(self, action_space: gym.Space, config: Config, encoder=None, rssm=None):
         super().__init__()
@@ -404,18 +405,17 @@ class Agent(nn.Module):
             self.actor = Actor(feat_size, action_space, config.units)
             self.critic = Critic(feat_size, config.units, layers=2)
             self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
-            self.register_buffer("return_range", torch.zeros(2))
+            self.register_buffer("return_range", torch.zeros(2))  # running 5th, 95th percentile
             self.to(config.device)
 
-        self.lr = config.lr
-        self.optimizers = {}
+        self.lr_scale, self.optimizers = 1.0, {}  # one optimizer for each row of the gradient table
         for part in ("world_model", "actor", "critic"):
             weights = [x for x in getattr(self, part).parameters() if x.requires_grad]
             self.optimizers[part] = torch.optim.Adam(weights, betas=(0.9, 0.95), fused=True)
 
     @torch.no_grad()
-    def act(self, obs: np.ndarray, state: tuple | None = None, explore: bool = False):
-        """Frame uint8 [64, 64, 3], state -> action (likeliest; to explore: drawn), new state."""
+    def act(self, obs: np.ndarray, state: tuple | None = None, explore=False, repeat=False):
+        """Frame uint8 [64, 64, 3], state -> action (likeliest, drawn or repeated), new state."""
         model = self.world_model
         obs = torch.as_tensor(obs, device=self.config.device)[None]
         if state is None:  # (h, z) [1, F] and the action [1, A] before an episode
@@ -424,6 +424,7 @@ class Agent(nn.Module):
 
         policy = self.actor(feat)
         action = policy.sample() if explore else policy.mode
+        action = state[1] if repeat else action
         return unflatten(self.action_space, action[0].cpu().numpy()), (feat, action)
 
 
@@ -445,7 +446,7 @@ class ReplayBuffer:
         del self.rows[: -self.capacity]
 
     def sample(self, batch_size: int, length: int) -> dict[str, Tensor]:
-        """Sequences [B, T, ...], each from the later of two random starts: new rows count more."""
+        """Sequences [B, T, ...], each from the later of two random rows: new rows count more."""
         starts = torch.randint(len(self.rows) - length + 1, (2, batch_size)).amax(0)
         rows = [self.rows[start + t] for start in starts.tolist() for t in range(length)]
         columns = stack_rows(rows)
@@ -454,7 +455,7 @@ class ReplayBuffer:
 
 # %% [markdown]
 # # Section 2: World Model Update
-# The loss (Eq. 2.6) is the mean over B and T of the weighted sum of
+# Eq. 2.6 `loss = mean over B, T of recon + reward + cont + scale_dyn dyn + scale_rep rep`
 # - Eq. 2.1 `recon = sum over pixels of (o_t / 255 - decoder(h_t, z_t))^2`
 # - Eq. 2.2 `reward = -ln p(r_t | h_t, z_t)`, a cross-entropy with the two-hot reward
 # - Eq. 2.3 `cont = -ln p(c_t | h_t, z_t)`, with `c_t = 1 - terminated_t`, not truncated
@@ -500,18 +501,19 @@ class WorldModel(nn.Module):
             "rep": rep.clamp(min=self.config.free_nats),  # Eq. 2.5
         }
         assert all(loss.shape == cont.shape for loss in losses.values())
-        scales = {"dyn": self.config.scale_dyn, "rep": self.config.scale_rep}
-        total = sum(scales.get(name, 1) * loss for name, loss in losses.items())  # Eq. 2.6
-        metrics = {f"wm/{name}": sg(x).mean() for name, x in (losses | {"kl": dyn}).items()}
-        return total.mean(), feat, metrics
+        scales = {"dyn": self.config.scale_dyn, "rep": self.config.scale_rep}  # the others: 1
+        total = sum(scales.get(name, 1) * loss for name, loss in losses.items()).mean()  # Eq. 2.6
+        losses["kl"] = dyn  # logged, not learned from: the KL before free_nats
+        return total, feat, {f"wm/{name}": sg(x).mean() for name, x in losses.items()}
 
 
 # %% 2.2 World model update step
 def gradient_step(agent: Agent, part: str, loss: Tensor) -> Tensor:
-    """Move the weights of world_model, actor or critic, and no other."""
+    """One Adam step on the weights of world_model, actor or critic: no other weight moves."""
     optimizer = agent.optimizers[part]
     weights = optimizer.param_groups[0]["params"]
-    optimizer.param_groups[0]["lr"] = agent.lr
+    lr = agent.config.lr if part == "world_model" else agent.config.behavior_lr
+    optimizer.param_groups[0]["lr"] = agent.lr_scale * lr
     optimizer.zero_grad()
     loss.backward(inputs=weights)  # no gradient for any other part
     with explain(f"the loss of the {part} is {loss:.3g}"):
@@ -567,7 +569,7 @@ def update_behavior(agent: Agent, start: Tensor) -> dict[str, Tensor]:
     """Dream from states [N, F]; then one step of the actor, one of the critic."""
     config, model = agent.config, agent.world_model
 
-    # Dream. REINFORCE needs no gradient of the dream, so none is recorded.
+    # Dream. The actor learns by REINFORCE, as in DreamerV3, and not through the dream as in V1.
     with torch.no_grad():
         feat, action = imagine(model, agent.actor, start, config.horizon)  # [H+1, N, F], [H, N, A]
         reward, cont = model.predict(feat)  # each [H+1, N]
@@ -610,35 +612,17 @@ def update_behavior(agent: Agent, start: Tensor) -> dict[str, Tensor]:
 # Acting, world model updates and behavior updates alternate. To explore, actions are drawn.
 
 
-# %% 4.1 Playing an episode, to evaluate
-def play(agent: Agent, env: PixelEnv, seed: int, chance: float = 0.0) -> tuple[list, list]:
-    """The rows of an episode, and the states [1, F] in which its actions were chosen.
-    With probability `chance` a burst of 15 random actions begins, so that good agents fail, too."""
-    env.reset(seed=seed)
-    rows, states, state, burst = [env.row], [], None, 0
-    while not env.row["is_last"]:
-        burst = 15 if torch.rand(()) < chance else burst - 1
-        action, (feat, _) = agent.act(env.row["obs"], state)
-        if burst > 0:
-            action = env.action_space.sample()
-        env.step(action)
-
-        rows.append(env.row)
-        states.append(feat)
-        state = feat, feat.new_tensor(env.row["prev_action"])[None]  # the action really taken
-    return rows, states
-
-
-# %% 4.2 The training loop
+# %% 4.1 The training loop
 def updates_due(config: Config, step: int) -> int:
-    """Updates in all by this step: by default 750 at 1,500, then one every two steps."""
-    past_prefill = min(step, config.steps) - config.prefill
-    updates = past_prefill * config.train_ratio / (config.batch_size * config.batch_length)
-    return config.pretrain + int(updates) if past_prefill >= 0 else 0
+    """Updates to be done by this step: by default 500 at 1,500, then 3 every 8 steps."""
+    if step < config.prefill:
+        return 0
+    replayed = (min(step, config.steps) - config.prefill) * config.train_ratio
+    return config.pretrain + int(replayed / (config.batch_size * config.batch_length))
 
 
 def train(config: Config, agent: Agent | None = None) -> Path:
-    """Train a new agent, or a given one by its own config; returns the run's folder."""
+    """Train a new agent; or a given one, whose own config then replaces `config`."""
     config = agent.config if agent else config
     folder = Path(config.runs, f"{config.env}-{config.seed}".replace(":", "-").replace("/", "-"))
     exists = (folder / "checkpoint.pt").exists()
@@ -654,20 +638,21 @@ def train(config: Config, agent: Agent | None = None) -> Path:
 
     with env, tqdm(total=updates_due(config, config.steps), initial=updates, unit="update") as bar:
         while step < config.steps:
-            env.reset(seed=2 * (1_000_000 * config.seed + episode))
+            env.reset(seed=2 * (1_000_000 * config.seed + episode))  # even; unseen seeds are odd
             replay.add(env.row)
             state, score, begin, metrics = None, 0.0, step, {}
 
             while not env.row["is_last"]:
-                # Act, with exploration: the action is drawn. Then remember.
-                action, state = agent.act(env.row["obs"], state, explore=True)
+                # Act. To explore, draw the action; in the prefill, mostly repeat the last one.
+                repeat = state and step < config.prefill and torch.rand(()) < 0.75
+                action, state = agent.act(env.row["obs"], state, explore=True, repeat=repeat)
                 env.step(action)
                 replay.add(env.row)
                 step, score = step + 1, score + env.row["reward"]
 
                 # Learn: the world model from real rows, then the behavior from dreams.
                 while updates < updates_due(config, step):
-                    agent.lr = config.lr * min(1, 3 - 3 * step / config.steps)
+                    agent.lr_scale = min(1, 3 - 3 * step / config.steps)
                     batch = replay.sample(config.batch_size, config.batch_length)
                     feat, metrics = update_world_model(agent, batch)
                     if updates >= config.pretrain:
@@ -675,7 +660,7 @@ def train(config: Config, agent: Agent | None = None) -> Path:
                     updates += 1
                     bar.update()
 
-            # Evaluate, log, save. Between episodes the environment has no state to save.
+            # Log (losses: of the last update), evaluate, save. Here the environment has no state.
             episode += 1
             log.write({"env/step": step, "wm/updates": updates, "env/return": score} | metrics)
             bar.set_postfix(step=step, episode_return=score)
@@ -686,7 +671,7 @@ def train(config: Config, agent: Agent | None = None) -> Path:
     return folder
 
 
-# %% 4.3 Log and curves
+# %% 4.2 Log and curves
 class Log:
     """The lines of metrics.jsonl: one an episode, one an evaluation."""
 
@@ -717,11 +702,29 @@ class Log:
 # c' and r' are dreamed k <= H steps ahead, with the actions that were really taken.
 # The real reward r_k is 0 after a termination, and unknown after a time limit.
 # - Eq. 5.1 Pearson correlation `reward_rho = corr(c'_1 ... c'_{k-1} r'_k, r_k)`
-# - Eq. 5.2 `latent_entropy`: of the prior of z, where the actor dreams; mean over H steps
+# - Eq. 5.2 `latent_entropy`, trajectory entropy: of the prior of z along the actor's dreams
 # - Eq. 5.3 `policy_entropy`: of the actor in the same dreams
 
 
 # %% 5.1 Evaluation on unseen seeds
+def play(agent: Agent, env: PixelEnv, seed: int, chance: float = 0.0) -> tuple[list, list]:
+    """The rows of an episode, and the states [1, F] in which its actions were chosen.
+    Before each step, 15 random actions begin with probability `chance`: rho needs failures, too."""
+    env.reset(seed=seed)
+    rows, states, state, burst = [env.row], [], None, 0
+    while not env.row["is_last"]:
+        burst = 15 if torch.rand(()) < chance else burst - 1  # random actions left, if positive
+        action, (feat, _) = agent.act(env.row["obs"], state)
+        if burst > 0:
+            action = env.action_space.sample()
+        env.step(action)
+
+        rows.append(env.row)
+        states.append(feat)
+        state = feat, feat.new_tensor(env.row["prev_action"])[None]  # the action really taken
+    return rows, states
+
+
 def evaluate(agent: Agent, episodes: int = 20, seed: int = 0) -> dict[str, float]:
     """Returns of unseen episodes, and Eq. 5.1 to 5.3 where they are defined."""
     config = agent.config
@@ -729,12 +732,10 @@ def evaluate(agent: Agent, episodes: int = 20, seed: int = 0) -> dict[str, float
     keep_random_state = torch.random.fork_rng(range(torch.cuda.device_count()))
     with PixelEnv(config.env, config.action_repeat) as env, torch.no_grad(), keep_random_state:
         torch.manual_seed(seed)
-        returns = []
+        returns, held_out = [], []
         for _ in tqdm(range(episodes), "evaluation", leave=False):
             rows, _ = play(agent, env, next(unseen))
             returns.append(sum(row["reward"] for row in rows))
-
-        held_out = []
         while sum(len(rows) for rows, _ in held_out) < 1_000:
             held_out.append(play(agent, env, next(unseen), chance=0.02))
         metrics = dream_metrics(agent, held_out)
@@ -749,19 +750,19 @@ def dream_metrics(agent: Agent, held_out: list[tuple[list, list]]) -> dict:
     model, H = agent.world_model, agent.config.horizon
     starts, actions, rewards = [], [], []
     for rows, states in held_out:
-        # What comes after the episode: a reward that is known to be 0, or not known (nan).
+        # Windows of H+1 rows start at rows 0, 4, 8, ... Past the end: reward 0, or unknown (nan).
         after = rows[-1] | {"reward": np.float32(0 if rows[-1]["terminated"] else np.nan)}
         columns = stack_rows(rows + (H - 1) * [after])
         starts += states[::4]
-        actions.append(columns["prev_action"].unfold(0, H + 1, 4))  # [., A, H+1]
-        rewards.append(columns["reward"].unfold(0, H + 1, 4))  # [., H+1]
+        actions.append(columns["prev_action"].unfold(0, H + 1, 4))  # [windows, A, H+1]
+        rewards.append(columns["reward"].unfold(0, H + 1, 4))  # [windows, H+1]
 
     dream = [torch.cat(starts)]  # [N, F]
     action = torch.cat(actions).to(agent.config.device)  # [N, A, H+1]
     for t in range(1, H + 1):
         dream.append(model.rssm.img_step(dream[-1], action[:, :, t]))
     reward, cont = model.predict(torch.stack(dream, 1))  # each [N, H+1]
-    reward[:, 2:] *= cont[:, 1:-1].cumprod(1)
+    reward[:, 2:] *= cont[:, 1:-1].cumprod(1)  # c'_1 ... c'_{k-1} r'_k
     metrics = {"reward_rho": reward_rho(reward[:, 1:], torch.cat(rewards)[:, 1:])}
 
     feat, _ = imagine(model, agent.actor, dream[0], H)  # [H+1, N, F]
@@ -808,7 +809,7 @@ def load_checkpoint(agent: Agent, replay: ReplayBuffer, log: Log) -> tuple[int, 
     with explain(f"the agent of {log.folder}"):
         agent.load_state_dict(state["agent"])
         for part, optimizer in agent.optimizers.items():
-            optimizer.load_state_dict(copy.deepcopy(state["optimizers"][part]))  # a true copy
+            optimizer.load_state_dict(copy.deepcopy(state["optimizers"][part]))  # off the file
 
     for i in range(len(state["rows"]["obs"])):
         replay.add({name: x[i].numpy().copy() for name, x in state["rows"].items()})
@@ -835,16 +836,15 @@ def main(argv: list[str] | None = None) -> Path | None:
             return train(config)
         agent = load_agent(config.eval, config.device)
         print(json.dumps(evaluate(agent, config.episodes, config.seed), indent=2))
-    except (ValueError, OSError, MemoryError) as error:
+    except (ValueError, OSError, MemoryError, KeyboardInterrupt) as error:
         sys.exit("dreamer.py: error: " + " ".join((str(error) or repr(error)).split()))
-    except KeyboardInterrupt:
-        sys.exit("dreamer.py: stopped")
 
 
 if __name__ == "__main__":
+    # As a program, also with %run, sys.argv[0] is this file. In a notebook it is the kernel.
     if Path(sys.argv[0]).name == Path(globals().get("__file__", "-")).name:
         main()
-    elif "ipykernel" in sys.modules:  # a notebook, where sys.argv[0] is the kernel
+    elif "ipykernel" in sys.modules:
         from recipes.notebook import show
 
         show(main(ARGUMENTS.split()))

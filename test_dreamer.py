@@ -287,6 +287,10 @@ def test_exploration_draws_from_the_actor_and_evaluation_takes_the_most_likely(a
     agent.actor.net[-1].bias.data[1] = 0.3
     drawn = [{agent.act(BLACK, explore=x)[0] for _ in range(30)} for x in (False, True)]
     assert drawn == [{1}, {0, 1}]
+    for last in (0, 1):  # a repeated action is the one in the state, and stays there
+        state = agent.world_model.rssm.initial(1), torch.eye(2)[[last]]
+        action, (_, kept) = agent.act(BLACK, state, explore=True, repeat=True)
+        assert action == last and torch.equal(kept, state[1])
 
 
 def sequence(agent, first=()):
@@ -665,11 +669,17 @@ def test_each_update_moves_its_own_part_and_the_slow_critic_follows(agent, monke
         assert not p.requires_grad
 
 
-def test_a_gradient_step_is_adam_with_the_agents_learning_rate_and_a_bounded_gradient(agent):
-    before, agent.lr = snapshot(agent.actor), 1e-4
+def test_a_gradient_step_is_adam_with_the_parts_learning_rate_and_a_bounded_gradient(agent):
+    agent.config.lr, agent.config.behavior_lr, agent.lr_scale = 2e-4, 1e-3, 0.1
+    before = snapshot(agent)
+    dreamer.gradient_step(agent, "world_model", agent.world_model.decoder[0].weight.square().sum())
+    moved = (agent.world_model.decoder[0].weight - before["world_model.decoder.0.weight"]).abs()
+    assert moved.max().item() == pytest.approx(2e-5, rel=1e-2)
+    before = snapshot(agent.actor)
     feat = agent.world_model.rssm.img_step(torch.randn(5, D + Z), torch.zeros(5, A))
     norm = dreamer.gradient_step(agent, "actor", 1e6 * agent.actor.net(feat).square().sum())
-    assert all(p.grad is None for p in agent.world_model.parameters())  # it is the actor's
+    others = [x for name, x in agent.world_model.named_parameters() if name != "decoder.0.weight"]
+    assert all(p.grad is None for p in others)
     gradient = torch.cat([p.grad.flatten() for p in agent.actor.parameters()])
     assert norm > 100 and gradient.norm().item() == pytest.approx(10, rel=1e-3)
     moved = max((p - before[name]).abs().max() for name, p in agent.actor.state_dict().items())
@@ -710,23 +720,29 @@ def test_dreams_start_from_different_states_of_the_batch(agent, monkeypatch):
 def test_training_acts_and_learns_when_and_as_fast_as_it_should(tmp_path, monkeypatch):
     steps = (1_499, 1_500, 1_501, 1_502, 5_000, 5_400)
     due = [dreamer.updates_due(Config(), step) for step in steps]
-    assert due == [0, 750, 750, 751, 2_500, 2_500]
+    assert due == [0, 500, 500, 500, 1_812, 1_812]
+    assert dreamer.updates_due(Config(), 1_508) == 503  # three every eight steps
     acted, begun, rates, behaved, patch = [], [], [], [], monkeypatch
     spy(patch, Agent, "act", lambda agent, *args, **kw: acted.append((len(begun), args[1], kw)))
     spy(patch, PixelEnv, "reset", lambda env, seed: begun.append(seed))
-    spy(patch, dreamer, "update_world_model", lambda agent, batch: rates.append(agent.lr))
+    spy(patch, dreamer, "update_world_model", lambda agent, batch: rates.append(agent.lr_scale))
     spy(patch, dreamer, "update_behavior", lambda agent, feat: behaved.append(len(rates)))
     spy(patch, ReplayBuffer, "sample", lambda replay, *sizes: sizes == (3, 6) or 1 / 0)
     patch.setattr(dreamer, "evaluate", lambda *args: {})
-    config = Config(**RUN | dict(lr=0.01, seed=1, runs=str(tmp_path)))
+    config = Config(**RUN | dict(seed=1, runs=str(tmp_path)))
     train(config)
     assert begun == [2_000_000 + 2 * i for i in range(6)]  # of evaluations they are odd
-    assert len(acted) == 96 and all(options == {"explore": True} for *_, options in acted)
+    assert len(acted) == 96 and all(options["explore"] for *_, options in acted)
     assert [n for n, state, _ in acted if state is None] == [1, 2, 3, 4, 5, 6]
+    repeats = [bool(options["repeat"]) for *_, options in acted]
+    assert 0.5 < np.mean(repeats[: RUN["prefill"]]) < 0.9 and not any(repeats[RUN["prefill"] :])
+    assert not any(
+        repeat for repeat, (_, state, _) in zip(repeats, acted, strict=True) if state is None
+    )
     assert behaved == list(range(4, len(rates) + 1))  # not while the model is pretrained
     for update, rate in enumerate(rates):
         step = next(step for step in range(97) if dreamer.updates_due(config, step) > update)
-        assert rate == pytest.approx(0.01 if step <= 64 else 0.01 * (96 - step) / 32)
+        assert rate == pytest.approx(1 if step <= 64 else (96 - step) / 32)
 
 
 @pytest.fixture(scope="module")
@@ -1002,7 +1018,7 @@ def test_kills_and_ctrl_c_change_nothing(run, tmp_path):
     assert in_child(argv, signal_in("evaluate", kill))[0] == -kill  # before the first checkpoint
     assert in_child(argv, signal_in("update_world_model", kill, 5))[0] == -kill
     code, output = in_child(argv, signal_in("update_behavior", signal.SIGINT, 3))
-    assert code == 1 and output.splitlines()[-1].endswith("dreamer.py: stopped")
+    assert code == 1 and output.splitlines()[-1].endswith("dreamer.py: error: KeyboardInterrupt()")
     assert "Traceback" not in output
     assert in_child(argv, killed_while_saving)[0] == -kill
     assert in_child(argv, signal_in("update_behavior", kill, 12))[0] == -kill
