@@ -595,7 +595,6 @@ def update_behavior(agent: Agent, start: Tensor) -> dict[str, Tensor]:
     slow_value = agent.slow_critic(feat)  # [H, N]
     error = agent.critic.loss(feat, sg(returns), sg(slow_value))  # [H, N]
     critic_loss = (weight * error).mean()  # [] Eq. 3.6
-
     assert objective.shape == error.shape == weight.shape
     gradient_step(agent, "actor", actor_loss)
     gradient_step(agent, "critic", critic_loss)
@@ -609,7 +608,7 @@ def update_behavior(agent: Agent, start: Tensor) -> dict[str, Tensor]:
 
 # %% [markdown]
 # # Section 4: Training Loop
-# Acting, world model updates and behavior updates alternate. To explore, actions are drawn.
+# Acting and updates alternate. To explore, actions are drawn, and sometimes repeated for a while.
 
 
 # %% 4.1 The training loop
@@ -640,11 +639,12 @@ def train(config: Config, agent: Agent | None = None) -> Path:
         while step < config.steps:
             env.reset(seed=2 * (1_000_000 * config.seed + episode))  # even; unseen seeds are odd
             replay.add(env.row)
-            state, score, begin, metrics = None, 0.0, step, {}
+            state, repeat, score, begin, metrics = None, False, 0.0, step, {}
 
             while not env.row["is_last"]:
-                # Act. To explore, draw the action; in the prefill, mostly repeat the last one.
-                repeat = state and step < config.prefill and torch.rand(()) < 0.75
+                # Act. To explore, draw the action, or repeat the last one (4 times on average).
+                chance = 0.75 if repeat or step < config.prefill else 0.02
+                repeat = state is not None and torch.rand(()) < chance
                 action, state = agent.act(env.row["obs"], state, explore=True, repeat=repeat)
                 env.step(action)
                 replay.add(env.row)
