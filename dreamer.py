@@ -10,8 +10,8 @@ Shapes    B batch   T time   N starts of imagination   H horizon   A action   E 
           Real sequences are [B, T, ...]. Section 3 imagines, time first: [H+1, N, ...].
 
 Time      row t : prev_action a_{t-1} | obs o_t | reward r_t | terminated, is_first, is_last
-          Eq. 1.1   h_t = f(h_{t-1}, z_{t-1}, a_{t-1})   recurrent state (the papers: deter)
-          Eq. 1.2   z_t ~ q(. | h_t, o_t)                posterior: has seen the frame (stoch)
+          Eq. 1.1   h_t = f(h_{t-1}, z_{t-1}, a_{t-1})   recurrent (papers call h deter, z stoch)
+          Eq. 1.2   z_t ~ q(. | h_t, o_t)                posterior: has seen the frame
           Eq. 1.3   z_t ~ p(. | h_t)                     prior: has not, so it can dream
           o_t, r_t and c_t = 1 - terminated_t are predicted from (h_t, z_t).
           The action in row t led to o_t. An episode's first row has action and reward 0.
@@ -89,7 +89,7 @@ class Config:
     gamma: float = 0.99  # discount of a step
     lam: float = 0.95  # lambda of the lambda-return
     entropy: float = 6e-3  # eta, weight of the actor's entropy
-    critic_rate: float = 0.1  # share of the critic that the slow critic takes on
+    critic_rate: float = 0.1  # how far the slow critic moves to the critic in an update
     return_rate: float = 0.01  # how fast the range of returns follows; 0: not scaled
     eval_every: int = 2_000  # steps between evaluations, each with a checkpoint
     episodes: int = 5  # episodes of an evaluation
@@ -97,8 +97,8 @@ class Config:
     def __post_init__(self):
         shares = ("unimix", "gamma", "lam", "critic_rate", "return_rate")
         for name, value in asdict(self).items():
-            lowest = 0 if isinstance(value, float) or name in ("resume", "seed", "pretrain") else 1
-            highest = 1 if name in shares else 10**9
+            may_be_0 = isinstance(value, float) or name in ("resume", "seed", "pretrain")
+            lowest, highest = 0 if may_be_0 else 1, 1 if name in shares else 10**9
             if not isinstance(value, str) and not lowest <= value <= highest:
                 raise ValueError(f"{name} must lie between {lowest} and {highest}, not {value}")
         if not self.batch_length <= self.prefill < self.steps:
@@ -115,7 +115,7 @@ def explain(where: str):
 
 
 def symexp(x: Tensor) -> Tensor:
-    """sign(x) (exp(|x|) - 1), the inverse of the papers' symlog."""
+    """sign(x) (exp(|x|) - 1), the inverse of symlog: spaces the bins of 1.4, fine near 0."""
     return torch.sign(x) * torch.expm1(torch.abs(x))
 
 
@@ -210,7 +210,7 @@ def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
 class RSSM(nn.Module):
     """Recurrent state-space model (arXiv:1811.04551). `feat` is (h, z)."""
 
-    kl = staticmethod(kl_divergence)  # an RSSM whose z is not categorical has another
+    kl = staticmethod(kl_divergence)  # another in an RSSM whose z is, say, normal
 
     def __init__(self, embed_size: int, action_size: int, config: Config):
         super().__init__()
@@ -240,7 +240,7 @@ class RSSM(nn.Module):
         return update * candidate + (1 - update) * h
 
     def params(self, outputs: Tensor) -> Tensor:
-        """Outputs of a network [., Z] -> probabilities of z [., S, K]."""
+        """Outputs of a network [., Z] -> parameters of z: its probabilities [., S, K]."""
         probs = torch.softmax(outputs.unflatten(-1, self.shape), -1)
         return (1 - self.unimix) * probs + self.unimix / self.shape[1]
 
@@ -302,7 +302,7 @@ class TwoHotHead(nn.Module):
         return twohot_decode(self.net(feat), self.bins)
 
     def loss(self, feat: Tensor, *targets: Tensor) -> Tensor:
-        """Cross-entropy [...] with each of the targets [...], summed."""
+        """Cross-entropy [...] with the target [...]; with two (Eq. 3.6) the sum of both."""
         weights = sum(twohot_encode(target, self.bins) for target in targets)
         return -(weights * torch.log_softmax(self.net(feat), -1)).sum(-1)
 
@@ -359,7 +359,7 @@ class PixelEnv(gym.Wrapper):
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         self.where = f"{self.env_id}, episode with seed {seed}"
-        # Another seed, or random actions would repeat the environment's own random numbers.
+        # A different seed: with the same, actions would draw the environment's own numbers.
         self.action_space.seed(None if seed is None else seed + 2**40)
 
         with explain(self.where):
@@ -392,8 +392,8 @@ class PixelEnv(gym.Wrapper):
 
 # %% 1.6 The models: initialised, or given
 class Agent(nn.Module):
-    """World model (2.1), actor, critic, and a slow copy of the critic.
-    Instead, an `encoder` with an embed_size, or an `rssm` with the methods of 1.3, can be given."""
+    """World model (2.1), actor, critic, slow copy of the critic. `encoder` and `rssm` may be given
+    with the weights of P01 and P02 (recipes/earlier_lessons.py); else they are new."""
 
     def __init__(self, action_space: gym.Space, config: Config, encoder=None, rssm=None):
         super().__init__()
@@ -415,7 +415,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def act(self, obs: np.ndarray, state: tuple | None = None, explore=False, repeat=False):
-        """Frame uint8 [64, 64, 3], state -> action (likeliest, drawn or repeated), new state."""
+        """Frame uint8 [64, 64, 3], last (h, z) and action -> action, new (h, z) and action."""
         model = self.world_model
         obs = torch.as_tensor(obs, device=self.config.device)[None]
         if state is None:  # (h, z) [1, F] and the action [1, A] before an episode
@@ -455,7 +455,7 @@ class ReplayBuffer:
 
 # %% [markdown]
 # # Section 2: World Model Update
-# Eq. 2.6 `loss = mean over B, T of recon + reward + cont + scale_dyn dyn + scale_rep rep`
+# Eq. 2.6 `loss = mean over B, T of recon + reward + cont + scale_dyn * dyn + scale_rep * rep`
 # - Eq. 2.1 `recon = sum over pixels of (o_t / 255 - decoder(h_t, z_t))^2`
 # - Eq. 2.2 `reward = -ln p(r_t | h_t, z_t)`, a cross-entropy with the two-hot reward
 # - Eq. 2.3 `cont = -ln p(c_t | h_t, z_t)`, with `c_t = 1 - terminated_t`, not truncated
@@ -537,7 +537,7 @@ def update_world_model(agent: Agent, batch: dict[str, Tensor]) -> tuple[Tensor, 
 # The actor dreams H steps with the prior, from real states. v: critic. Losses: means over t, N.
 # - Eq. 3.1 `a_t ~ pi(. | h_t, z_t)`, `h_{t+1} = f(h_t, z_t, a_t)`, `z_{t+1} ~ p(. | h_{t+1})`
 # - Eq. 3.2 `R_t = r_{t+1} + gamma c_{t+1} ((1 - lam) v_{t+1} + lam R_{t+1})`, `R_H = v_H`
-# - Eq. 3.3 `w_t = c_0 (gamma c_1) ... (gamma c_t)`: the dream counts while it is alive
+# - Eq. 3.3 `w_t = c_0 (gamma c_1) ... (gamma c_t)`: discount, times the chance to be alive at t
 # - Eq. 3.4 `scale = max(1, running mean of (95th - 5th percentile of R))`
 # - Eq. 3.5 `actor loss = -w_t (sg((R_t - v_t) / scale) ln pi(a_t | h_t, z_t) + eta entropy)`
 # - Eq. 3.6 `critic loss = -w_t (ln p(R_t | h_t, z_t) + ln p(slow critic's v_t | h_t, z_t))`
@@ -569,7 +569,7 @@ def update_behavior(agent: Agent, start: Tensor) -> dict[str, Tensor]:
     """Dream from states [N, F]; then one step of the actor, one of the critic."""
     config, model = agent.config, agent.world_model
 
-    # Dream. The actor learns by REINFORCE, as in DreamerV3, and not through the dream as in V1.
+    # Dream. The actor learns by REINFORCE (V3); through the dream: recipes/dynamics_gradient.py.
     with torch.no_grad():
         feat, action = imagine(model, agent.actor, start, config.horizon)  # [H+1, N, F], [H, N, A]
         reward, cont = model.predict(feat)  # each [H+1, N]
@@ -642,7 +642,7 @@ def train(config: Config, agent: Agent | None = None) -> Path:
             state, repeat, score, begin, metrics = None, False, 0.0, step, {}
 
             while not env.row["is_last"]:
-                # Act. To explore, draw the action, or repeat the last one (4 times on average).
+                # Act: draw the action, or repeat the last one; a repeat goes on with chance 0.75.
                 chance = 0.75 if repeat or step < config.prefill else 0.02
                 repeat = state is not None and torch.rand(()) < chance
                 action, state = agent.act(env.row["obs"], state, explore=True, repeat=repeat)
@@ -660,7 +660,7 @@ def train(config: Config, agent: Agent | None = None) -> Path:
                     updates += 1
                     bar.update()
 
-            # Log (losses: of the last update), evaluate, save. Here the environment has no state.
+            # Log the last losses, evaluate, save. No episode runs, so env has no state to save.
             episode += 1
             log.write({"env/step": step, "wm/updates": updates, "env/return": score} | metrics)
             bar.set_postfix(step=step, episode_return=score)
@@ -673,7 +673,7 @@ def train(config: Config, agent: Agent | None = None) -> Path:
 
 # %% 4.2 Log and curves
 class Log:
-    """The lines of metrics.jsonl: one an episode, one an evaluation."""
+    """The lines of metrics.jsonl: one per episode, one per evaluation."""
 
     def __init__(self, folder: Path):
         self.folder, self.lines = folder, []
@@ -685,7 +685,7 @@ class Log:
         (self.folder / "metrics.jsonl").write_text(text)
 
     def draw(self) -> None:
-        """Learning curves, over the environment steps."""
+        """Learning curves, over the steps of the agent."""
         names = "env/return eval/return wm/recon wm/kl ac/entropy".split()
         names += "eval/policy_entropy eval/latent_entropy eval/reward_rho".split()
         figure = Figure(figsize=(15, 6.5), layout="constrained")
@@ -700,16 +700,16 @@ class Log:
 # %% [markdown]
 # # Section 5: Self-Evaluation Metrics
 # c' and r' are dreamed k <= H steps ahead, with the actions that were really taken.
-# The real reward r_k is 0 after a termination, and unknown after a time limit.
+# r_k is 0 after a termination, unknown after a time limit. c'_1 ... c'_{k-1}: alive before step k.
 # - Eq. 5.1 Pearson correlation `reward_rho = corr(c'_1 ... c'_{k-1} r'_k, r_k)`
-# - Eq. 5.2 `latent_entropy`, trajectory entropy: of the prior of z along the actor's dreams
+# - Eq. 5.2 `latent_entropy` (trajectory entropy): the prior's entropy along the actor's dreams
 # - Eq. 5.3 `policy_entropy`: of the actor in the same dreams
 
 
 # %% 5.1 Evaluation on unseen seeds
 def play(agent: Agent, env: PixelEnv, seed: int, chance: float = 0.0) -> tuple[list, list]:
     """The rows of an episode, and the states [1, F] in which its actions were chosen.
-    Before each step, 15 random actions begin with probability `chance`: rho needs failures, too."""
+    With probability `chance` 15 random actions begin: only falls make CartPole's reward vary."""
     env.reset(seed=seed)
     rows, states, state, burst = [env.row], [], None, 0
     while not env.row["is_last"]:
@@ -725,7 +725,7 @@ def play(agent: Agent, env: PixelEnv, seed: int, chance: float = 0.0) -> tuple[l
     return rows, states
 
 
-def evaluate(agent: Agent, episodes: int = 20, seed: int = 0) -> dict[str, float]:
+def evaluate(agent: Agent, episodes: int = 5, seed: int = 0) -> dict[str, float]:
     """Returns of unseen episodes, and Eq. 5.1 to 5.3 where they are defined."""
     config = agent.config
     unseen = iter(range(2_000_000 * seed + 1, 2**62, 2))  # seeds of training are even
@@ -773,7 +773,7 @@ def dream_metrics(agent: Agent, held_out: list[tuple[list, list]]) -> dict:
 
 
 def reward_rho(dreamed: Tensor, real: Tensor) -> float:
-    """Eq. 5.1 over all pairs; a real reward that is not known is nan. If nothing varies: nan."""
+    """Dreams [.] and real rewards [.], nan where unknown -> Eq. 5.1; nan if one never varies."""
     x, y = dreamed.cpu()[real.isfinite()], real[real.isfinite()]
     varies = len(x) > 1 and x.min() < x.max() and y.min() < y.max()
     return np.corrcoef(x, y)[0, 1] if varies else np.nan
@@ -782,7 +782,7 @@ def reward_rho(dreamed: Tensor, real: Tensor) -> float:
 # %% 6 Save Checkpoint
 @explain("the checkpoint cannot be written")
 def save_checkpoint(agent: Agent, replay: ReplayBuffer, log: Log, *progress: int) -> None:
-    """Write all of a run into checkpoint.pt, whole or not at all."""
+    """Write a run into checkpoint.pt, whole or not at all (without a GPU's random state)."""
     state = {"config": asdict(agent.config), "agent": agent.state_dict(), "progress": progress}
     state["optimizers"] = {part: x.state_dict() for part, x in agent.optimizers.items()}
     state |= {"rows": stack_rows(replay.rows), "lines": log.lines}
@@ -809,7 +809,7 @@ def load_checkpoint(agent: Agent, replay: ReplayBuffer, log: Log) -> tuple[int, 
     with explain(f"the agent of {log.folder}"):
         agent.load_state_dict(state["agent"])
         for part, optimizer in agent.optimizers.items():
-            optimizer.load_state_dict(copy.deepcopy(state["optimizers"][part]))  # off the file
+            optimizer.load_state_dict(copy.deepcopy(state["optimizers"][part]))  # not mmapped
 
     for i in range(len(state["rows"]["obs"])):
         replay.add({name: x[i].numpy().copy() for name, x in state["rows"].items()})
@@ -819,7 +819,7 @@ def load_checkpoint(agent: Agent, replay: ReplayBuffer, log: Log) -> tuple[int, 
 
 
 def load_agent(path: str | Path, device: str = "cpu") -> Agent:
-    """The agent in a run's folder or checkpoint, for `agent.act` and `evaluate`."""
+    """The agent in a run's folder or file, if its encoder and RSSM are those of this program."""
     state = read_checkpoint(path)
     with explain(f"the agent of {path}"), PixelEnv(state["config"]["env"]) as env:
         agent = Agent(env.action_space, Config(**state["config"] | {"device": device}))
