@@ -165,7 +165,7 @@ class NormSiLU(nn.LayerNorm):
 
 
 class Encoder(nn.Sequential):
-    """Frames uint8 [..., 64, 64, 3] -> embeddings [..., E]."""
+    """Frames uint8 [..., 64, 64, 3] -> embeddings [..., E]. Any module that does so can be given."""
 
     def __init__(self, depth: int):
         few, many = 2 * depth, 8 * depth
@@ -208,7 +208,7 @@ def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
 
 
 class RSSM(nn.Module):
-    """Recurrent state-space model (arXiv:1811.04551). `feat` is (h, z)."""
+    """Recurrent state-space model (arXiv:1811.04551). One with the same methods can be given."""
 
     kl = staticmethod(kl_divergence)  # another in an RSSM whose z is, say, normal
 
