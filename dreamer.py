@@ -165,7 +165,7 @@ class NormSiLU(nn.LayerNorm):
 
 
 class Encoder(nn.Sequential):
-    """Frames uint8 [..., 64, 64, 3] -> embeddings [..., E]. Any module that does so can be given."""
+    """Frames uint8 [..., 64, 64, 3] -> embeddings [..., E]. Another that does so can be given."""
 
     def __init__(self, depth: int):
         few, many = 2 * depth, 8 * depth
