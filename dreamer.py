@@ -736,7 +736,7 @@ def evaluate(agent: Agent, episodes: int = 5, seed: int = 0) -> dict[str, float]
         for _ in tqdm(range(episodes), "evaluation", leave=False):
             rows, _ = play(agent, env, next(unseen))
             returns.append(sum(row["reward"] for row in rows))
-        while sum(len(rows) for rows, _ in held_out) < 1_000:
+        while sum(len(rows) for rows, _ in held_out) < 40 * config.horizon:  # by default 1,000
             held_out.append(play(agent, env, next(unseen), chance=0.02))
         metrics = dream_metrics(agent, held_out)
 

@@ -1113,7 +1113,7 @@ def test_a_damaged_checkpoint_is_refused_and_one_with_code_runs_none_of_it(run, 
 
 # Section 5: self-evaluation metrics
 def test_returns_are_of_unseen_seeds_and_random_actions_take_over_in_the_others(monkeypatch):
-    agent, seeds, seen = new_agent(env="Corridor-v0"), [], []
+    agent, seeds, seen = new_agent(env="Corridor-v0", horizon=25), [], []
 
     def watched(agent, env, seed, chance=0.0):
         seeds.append((seed, chance > 0))
@@ -1124,7 +1124,7 @@ def test_returns_are_of_unseen_seeds_and_random_actions_take_over_in_the_others(
         dreamer, "dream_metrics", lambda agent, held_out: seen.extend(held_out) or {}
     )
     metrics = evaluate(agent, 2, seed=3)
-    assert seeds == [(6_000_001 + 2 * i, i > 1) for i in range(6)]  # 4 * 250 rows are enough
+    assert seeds == [(6_000_001 + 2 * i, i > 1) for i in range(6)]  # 4 * 250 rows are 40 * 25
     assert [(len(rows), *states) for rows, states in seen] == [(250, seed) for seed, _ in seeds[2:]]
     assert metrics == {"eval/return": 250 * 2, "eval/return_std": 250 * 1}
 
@@ -1281,7 +1281,7 @@ def test_the_code_looks_as_ruff_format_writes_it():
 # And all of it together
 def test_it_learns_to_walk_the_corridor_from_pixels(tmp_path):
     """Of 8, random actions collect about 3; without world model or actor updates it is 1."""
-    config = dict(env="Corridor-v0", steps=600, prefill=240, pretrain=60, train_ratio=40)
+    config = dict(env="Corridor-v0", steps=440, prefill=200, pretrain=40, train_ratio=40)
     config |= dict(batch_size=8, batch_length=8, horizon=8, depth=2, hidden=32, groups=8)
     config |= dict(classes=8, units=64, entropy=1e-2, episodes=1)
     folder = train(Config(**config, runs=str(tmp_path)))
