@@ -64,7 +64,7 @@ class Config:
     env: str = "CartPole-v1"  # Gymnasium id; module:Id imports the module
     seed: int = 0  # seed of weights, actions, batches and episodes
     steps: int = 5_000  # steps of the agent; the last episode is played out
-    device: str = "cpu"  # or cuda, or mps
+    device: str = "cpu"  # cpu, cuda or mps
     threads: int = 1  # CPU threads
     runs: str = "runs"  # folder for results; a run writes to RUNS/ENV-SEED
     action_repeat: int = 1  # environment steps for which an action is held
@@ -83,7 +83,7 @@ class Config:
     scale_dyn: float = 1.0  # weight of the KL that trains the prior
     scale_rep: float = 0.05  # weight of the KL that trains the posterior
     lr: float = 1.5e-3  # learning rate of the world model; falls to 0 in the last third
-    behavior_lr: float = 6e-3  # that of actor and critic; falls, too
+    behavior_lr: float = 6e-3  # learning rate of actor and critic; falls as well
     starts: int = 32  # N, states of each batch from which dreams start
     horizon: int = 25  # H, imagined steps
     gamma: float = 0.99  # discount of a step
