@@ -49,8 +49,8 @@ from torch import Tensor, nn
 from torch import distributions as td
 from tqdm import tqdm
 
-sg = Tensor.detach  # stop-gradient: sg(x) is a constant to the loss, so nothing flows into x
-td.Distribution.set_default_validate_args(False)  # checks of every argument cost time
+sg = Tensor.detach  # stop-gradient: to the loss, sg(x) is a constant
+td.Distribution.set_default_validate_args(False)  # its checks cost time
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # environments draw without a screen,
 os.environ.setdefault("SDL_NO_SIGNAL_HANDLERS", "1")  # and leave Ctrl-C to Python
 
@@ -60,7 +60,7 @@ class Config:
     """Train an agent from pixels, go on with a run, or measure its agent."""
 
     eval: str = ""  # folder of a run to measure, with --episodes and --seed
-    resume: bool = False  # go on from the checkpoint of this command, if there is one
+    resume: bool = False  # go on from the checkpoint, if there is one
     env: str = "CartPole-v1"  # Gymnasium id; module:Id imports the module
     seed: int = 0  # seed of weights, actions, batches and episodes
     steps: int = 5_000  # steps of the agent; the last episode is played out
@@ -89,8 +89,8 @@ class Config:
     gamma: float = 0.99  # discount of a step
     lam: float = 0.95  # lambda of the lambda-return
     entropy: float = 6e-3  # eta, weight of the actor's entropy
-    critic_rate: float = 0.1  # how far the slow critic moves to the critic in an update
-    return_rate: float = 0.01  # how fast the range of returns follows; 0: not scaled
+    critic_rate: float = 0.1  # how far the slow critic moves to the critic
+    return_rate: float = 0.01  # how fast the scale of returns follows; 0: none
     eval_every: int = 2_000  # steps between evaluations, each with a checkpoint
     episodes: int = 5  # episodes of an evaluation
 
@@ -115,7 +115,7 @@ def explain(where: str):
 
 
 def symexp(x: Tensor) -> Tensor:
-    """sign(x) (exp(|x|) - 1), the inverse of symlog: spaces the bins of 1.4, fine near 0."""
+    """sign(x) (exp(|x|) - 1), the inverse of symlog: it spaces the bins of 1.4."""
     return torch.sign(x) * torch.expm1(torch.abs(x))
 
 
@@ -132,14 +132,14 @@ def twohot_encode(x: Tensor, bins: Tensor) -> Tensor:
 def twohot_decode(logits: Tensor, bins: Tensor) -> Tensor:
     """Logits [..., bins] -> mean of the bins [...]."""
     terms = torch.softmax(logits, -1) * bins
-    # Bins reach +-4.85e8. Each is added to its mirror image first, so that equal weights give 0.
+    # Each bin is added to its mirror image first, so that equal weights give 0.
     return (terms + terms.flip(-1)).sum(-1) / 2
 
 
 def init_weights(module: nn.Module) -> None:
-    """Weights of three times PyTorch's variance (1 / inputs for Linear, Conv2d); zero biases."""
+    """Three times PyTorch's variance: 1 / inputs for Linear and Conv2d; zero biases."""
     if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
-        std = 1.1368 / module.weight[0].numel() ** 0.5  # cutting at 2 std divides it by 1.1368
+        std = 1.1368 / module.weight[0].numel() ** 0.5  # cut at 2 std
         nn.init.trunc_normal_(module.weight, 0.0, std, -2 * std, 2 * std)
         nn.init.zeros_(module.bias)
 
@@ -165,7 +165,7 @@ class NormSiLU(nn.LayerNorm):
 
 
 class Encoder(nn.Sequential):
-    """Frames uint8 [..., 64, 64, 3] -> embeddings [..., E]. Another that does so can be given."""
+    """Frames uint8 [..., 64, 64, 3] -> embeddings [..., E]. Another can be given."""
 
     def __init__(self, depth: int):
         few, many = 2 * depth, 8 * depth
@@ -250,7 +250,7 @@ class RSSM(nn.Module):
 
     def sample(self, probs: Tensor) -> Tensor:
         """One-hot z [., Z], through which gradients go straight to `probs`."""
-        # As td.OneHotCategorical, but faster: the first class whose cumulative probability >= u.
+        # Faster than td: the first class whose cumulative probability is >= u.
         u = torch.rand_like(probs[..., :1])
         drawn = (sg(probs).cumsum(-1) < u).sum(-1).clamp(max=self.shape[1] - 1)
         one_hot = nn.functional.one_hot(drawn, self.shape[1])
@@ -274,7 +274,7 @@ class RSSM(nn.Module):
 
     def observe(self, embed: Tensor, prev_action: Tensor, is_first: Tensor):
         """Sequences [B, T, .] -> (h, z) [B, T, F], posterior, prior [B, T, S, K].
-        A sequence starts from a zero state. At an episode's first row state and action are zero."""
+        Sequences start from a zero state, episodes from zero state and action."""
         keep = (~is_first).float().unsqueeze(-1)  # [B, T, 1]
         prev_action = prev_action * keep
         feat, feats, posts = self.initial(len(embed)), [], []
@@ -302,7 +302,7 @@ class TwoHotHead(nn.Module):
         return twohot_decode(self.net(feat), self.bins)
 
     def loss(self, feat: Tensor, *targets: Tensor) -> Tensor:
-        """Cross-entropy [...] with the target [...]; with two (Eq. 3.6) the sum of both."""
+        """Cross-entropy [...] with a target [...]; with two (Eq. 3.6) their sum."""
         weights = sum(twohot_encode(target, self.bins) for target in targets)
         return -(weights * torch.log_softmax(self.net(feat), -1)).sum(-1)
 
@@ -359,7 +359,7 @@ class PixelEnv(gym.Wrapper):
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         self.where = f"{self.env_id}, episode with seed {seed}"
-        # A different seed: with the same, actions would draw the environment's own numbers.
+        # Another seed, or actions would draw the environment's own numbers.
         self.action_space.seed(None if seed is None else seed + 2**40)
 
         with explain(self.where):
@@ -405,10 +405,10 @@ class Agent(nn.Module):
             self.actor = Actor(feat_size, action_space, config.units)
             self.critic = Critic(feat_size, config.units, layers=2)
             self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
-            self.register_buffer("return_range", torch.zeros(2))  # running 5th, 95th percentile
+            self.register_buffer("return_range", torch.zeros(2))  # of Eq. 3.4
             self.to(config.device)
 
-        self.lr_scale, self.optimizers = 1.0, {}  # one optimizer for each row of the gradient table
+        self.lr_scale, self.optimizers = 1.0, {}  # an optimizer for each loss
         for part in ("world_model", "actor", "critic"):
             weights = [x for x in getattr(self, part).parameters() if x.requires_grad]
             self.optimizers[part] = torch.optim.Adam(weights, betas=(0.9, 0.95), fused=True)
@@ -446,7 +446,7 @@ class ReplayBuffer:
         del self.rows[: -self.capacity]
 
     def sample(self, batch_size: int, length: int) -> dict[str, Tensor]:
-        """Sequences [B, T, ...], each from the later of two random rows: new rows count more."""
+        """Sequences [B, T, ...] from the later of two random rows: new ones count more."""
         starts = torch.randint(len(self.rows) - length + 1, (2, batch_size)).amax(0)
         rows = [self.rows[start + t] for start in starts.tolist() for t in range(length)]
         columns = stack_rows(rows)
@@ -501,7 +501,7 @@ class WorldModel(nn.Module):
             "rep": rep.clamp(min=self.config.free_nats),  # Eq. 2.5
         }
         assert all(loss.shape == cont.shape for loss in losses.values())
-        scales = {"dyn": self.config.scale_dyn, "rep": self.config.scale_rep}  # the others: 1
+        scales = {"dyn": self.config.scale_dyn, "rep": self.config.scale_rep}  # others: 1
         total = sum(scales.get(name, 1) * loss for name, loss in losses.items()).mean()  # Eq. 2.6
         losses["kl"] = dyn  # logged, not learned from: the KL before free_nats
         return total, feat, {f"wm/{name}": sg(x).mean() for name, x in losses.items()}
@@ -509,7 +509,7 @@ class WorldModel(nn.Module):
 
 # %% 2.2 World model update step
 def gradient_step(agent: Agent, part: str, loss: Tensor) -> Tensor:
-    """One Adam step on the weights of world_model, actor or critic: no other weight moves."""
+    """One Adam step on the weights of one part: no other weight moves."""
     optimizer = agent.optimizers[part]
     weights = optimizer.param_groups[0]["params"]
     lr = agent.config.lr if part == "world_model" else agent.config.behavior_lr
@@ -569,7 +569,7 @@ def update_behavior(agent: Agent, start: Tensor) -> dict[str, Tensor]:
     """Dream from states [N, F]; then one step of the actor, one of the critic."""
     config, model = agent.config, agent.world_model
 
-    # Dream. The actor learns by REINFORCE (V3); through the dream: recipes/dynamics_gradient.py.
+    # Dream. The actor learns by REINFORCE, not through the dream (a recipe).
     with torch.no_grad():
         feat, action = imagine(model, agent.actor, start, config.horizon)  # [H+1, N, F], [H, N, A]
         reward, cont = model.predict(feat)  # each [H+1, N]
@@ -613,7 +613,7 @@ def update_behavior(agent: Agent, start: Tensor) -> dict[str, Tensor]:
 
 # %% 4.1 The training loop
 def updates_due(config: Config, step: int) -> int:
-    """Updates to be done by this step: by default 500 at 1,500, then 3 every 8 steps."""
+    """Updates due by this step: by default 500 at 1,500, then 3 every 8 steps."""
     if step < config.prefill:
         return 0
     replayed = (min(step, config.steps) - config.prefill) * config.train_ratio
@@ -637,12 +637,12 @@ def train(config: Config, agent: Agent | None = None) -> Path:
 
     with env, tqdm(total=updates_due(config, config.steps), initial=updates, unit="update") as bar:
         while step < config.steps:
-            env.reset(seed=2 * (1_000_000 * config.seed + episode))  # even; unseen seeds are odd
+            env.reset(seed=2 * (1_000_000 * config.seed + episode))  # even
             replay.add(env.row)
             state, repeat, score, begin, metrics = None, False, 0.0, step, {}
 
             while not env.row["is_last"]:
-                # Act: draw the action, or repeat the last one; a repeat goes on with chance 0.75.
+                # Act: draw the action, or repeat the last one for 4 steps on average.
                 chance = 0.75 if repeat or step < config.prefill else 0.02
                 repeat = state is not None and torch.rand(()) < chance
                 action, state = agent.act(env.row["obs"], state, explore=True, repeat=repeat)
@@ -660,7 +660,7 @@ def train(config: Config, agent: Agent | None = None) -> Path:
                     updates += 1
                     bar.update()
 
-            # Log the last losses, evaluate, save. No episode runs, so env has no state to save.
+            # Log, evaluate, save. No episode runs, so env has no state to save.
             episode += 1
             log.write({"env/step": step, "wm/updates": updates, "env/return": score} | metrics)
             bar.set_postfix(step=step, episode_return=score)
@@ -709,11 +709,11 @@ class Log:
 # %% 5.1 Evaluation on unseen seeds
 def play(agent: Agent, env: PixelEnv, seed: int, chance: float = 0.0) -> tuple[list, list]:
     """The rows of an episode, and the states [1, F] in which its actions were chosen.
-    With probability `chance` 15 random actions begin: only falls make CartPole's reward vary."""
+    With a `chance`, 15 random actions begin: CartPole's reward varies by falls only."""
     env.reset(seed=seed)
     rows, states, state, burst = [env.row], [], None, 0
     while not env.row["is_last"]:
-        burst = 15 if torch.rand(()) < chance else burst - 1  # random actions left, if positive
+        burst = 15 if torch.rand(()) < chance else burst - 1  # random actions left
         action, (feat, _) = agent.act(env.row["obs"], state)
         if burst > 0:
             action = env.action_space.sample()
@@ -736,7 +736,7 @@ def evaluate(agent: Agent, episodes: int = 5, seed: int = 0) -> dict[str, float]
         for _ in tqdm(range(episodes), "evaluation", leave=False):
             rows, _ = play(agent, env, next(unseen))
             returns.append(sum(row["reward"] for row in rows))
-        while sum(len(rows) for rows, _ in held_out) < 40 * config.horizon:  # by default 1,000
+        while sum(len(rows) for rows, _ in held_out) < 40 * config.horizon:  # 1,000
             held_out.append(play(agent, env, next(unseen), chance=0.02))
         metrics = dream_metrics(agent, held_out)
 
@@ -746,11 +746,11 @@ def evaluate(agent: Agent, episodes: int = 5, seed: int = 0) -> dict[str, float]
 
 # %% 5.2 Dreamed against real
 def dream_metrics(agent: Agent, held_out: list[tuple[list, list]]) -> dict:
-    """Eq. 5.1 to 5.3, in dreams from every fourth row of these episodes of `play`."""
+    """Eq. 5.1 to 5.3, in dreams from every fourth row of episodes of `play`."""
     model, H = agent.world_model, agent.config.horizon
     starts, actions, rewards = [], [], []
     for rows, states in held_out:
-        # Windows of H+1 rows start at rows 0, 4, 8, ... Past the end: reward 0, or unknown (nan).
+        # Windows of H+1 rows start at rows 0, 4, 8 ... After the end: 0, or unknown (nan).
         after = rows[-1] | {"reward": np.float32(0 if rows[-1]["terminated"] else np.nan)}
         columns = stack_rows(rows + (H - 1) * [after])
         starts += states[::4]
@@ -773,7 +773,7 @@ def dream_metrics(agent: Agent, held_out: list[tuple[list, list]]) -> dict:
 
 
 def reward_rho(dreamed: Tensor, real: Tensor) -> float:
-    """Dreams [.] and real rewards [.], nan where unknown -> Eq. 5.1; nan if one never varies."""
+    """Dreamed and real rewards (unknown: nan) -> Eq. 5.1; nan if one never varies."""
     x, y = dreamed.cpu()[real.isfinite()], real[real.isfinite()]
     varies = len(x) > 1 and x.min() < x.max() and y.min() < y.max()
     return np.corrcoef(x, y)[0, 1] if varies else np.nan
@@ -782,7 +782,7 @@ def reward_rho(dreamed: Tensor, real: Tensor) -> float:
 # %% 6 Save Checkpoint
 @explain("the checkpoint cannot be written")
 def save_checkpoint(agent: Agent, replay: ReplayBuffer, log: Log, *progress: int) -> None:
-    """Write a run into checkpoint.pt, whole or not at all (without a GPU's random state)."""
+    """Write a run (without a GPU's random state), whole or not at all."""
     state = {"config": asdict(agent.config), "agent": agent.state_dict(), "progress": progress}
     state["optimizers"] = {part: x.state_dict() for part, x in agent.optimizers.items()}
     state |= {"rows": stack_rows(replay.rows), "lines": log.lines}
@@ -793,13 +793,13 @@ def save_checkpoint(agent: Agent, replay: ReplayBuffer, log: Log, *progress: int
 
 
 def read_checkpoint(path: str | Path) -> dict:
-    """The checkpoint in a run's folder, or in a file. ValueError if it is not whole."""
+    """The checkpoint in a run's folder, or in a file. ValueError if damaged."""
     with explain(f"{path} holds no checkpoint that can be used"):
         path = Path(path, "checkpoint.pt") if Path(path).is_dir() else path
         with zipfile.ZipFile(path) as file:
             if file.testzip():
                 raise ValueError("a checksum is wrong")
-        # With mmap a tensor is read only when it is used: --eval leaves the replay buffer out.
+        # mmap reads a tensor when it is used: --eval leaves the replay buffer out.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
@@ -819,7 +819,7 @@ def load_checkpoint(agent: Agent, replay: ReplayBuffer, log: Log) -> tuple[int, 
 
 
 def load_agent(path: str | Path, device: str = "cpu") -> Agent:
-    """The agent in a run's folder or file, if its encoder and RSSM are those of this program."""
+    """The agent in a run's folder or file, if its networks are those of this file."""
     state = read_checkpoint(path)
     with explain(f"the agent of {path}"), PixelEnv(state["config"]["env"]) as env:
         agent = Agent(env.action_space, Config(**state["config"] | {"device": device}))
@@ -829,7 +829,7 @@ def load_agent(path: str | Path, device: str = "cpu") -> Agent:
 
 # %% The command line, or the last cell of a notebook
 def main(argv: list[str] | None = None) -> Path | None:
-    """The command line. A bad value or file ends it with one line, and exit code 1."""
+    """The command line. An error ends it with one line, and exit code 1."""
     try:
         config = tyro.cli(Config, args=argv)
         if not config.eval:
@@ -841,7 +841,7 @@ def main(argv: list[str] | None = None) -> Path | None:
 
 
 if __name__ == "__main__":
-    # As a program, also with %run, sys.argv[0] is this file. In a notebook it is the kernel.
+    # sys.argv[0] is this file, also with %run. In a notebook it is the kernel.
     if Path(sys.argv[0]).name == Path(globals().get("__file__", "-")).name:
         main()
     elif "ipykernel" in sys.modules:
