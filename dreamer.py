@@ -709,7 +709,7 @@ class Log:
 # %% 5.1 Evaluation on unseen seeds
 def play(agent: Agent, env: PixelEnv, seed: int, chance: float = 0.0) -> tuple[list, list]:
     """The rows of an episode, and the states [1, F] in which its actions were chosen.
-    With a `chance`, 15 random actions begin: CartPole's reward varies by falls only."""
+    With probability `chance` 15 random actions begin, so that a good agent falls, too."""
     env.reset(seed=seed)
     rows, states, state, burst = [env.row], [], None, 0
     while not env.row["is_last"]:
