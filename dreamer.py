@@ -637,7 +637,7 @@ def train(config: Config, agent: Agent | None = None) -> Path:
 
     with env, tqdm(total=updates_due(config, config.steps), initial=updates, unit="update") as bar:
         while step < config.steps:
-            env.reset(seed=2 * (1_000_000 * config.seed + episode))  # even
+            env.reset(seed=2 * (1_000_000 * config.seed + episode))  # even; evaluations: odd
             replay.add(env.row)
             state, repeat, score, begin, metrics = None, False, 0.0, step, {}
 
