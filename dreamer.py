@@ -88,7 +88,7 @@ class Config:
     horizon: int = 25  # H, imagined steps
     gamma: float = 0.99  # discount of a step
     lam: float = 0.95  # lambda of the lambda-return
-    entropy: float = 6e-3  # eta, weight of the actor's entropy
+    entropy: float = 1.2e-2  # eta, weight of the actor's entropy
     critic_rate: float = 0.1  # how far the slow critic moves to the critic
     return_rate: float = 0.01  # how fast the scale of returns follows; 0: none
     eval_every: int = 2_000  # steps between evaluations, each with a checkpoint
