@@ -139,7 +139,7 @@ def twohot_decode(logits: Tensor, bins: Tensor) -> Tensor:
 def init_weights(module: nn.Module) -> None:
     """Three times PyTorch's variance: 1 / inputs for Linear and Conv2d; zero biases."""
     if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
-        std = 1.1368 / module.weight[0].numel() ** 0.5  # cut at 2 std
+        std = 1.1368 / module.weight[0].numel() ** 0.5  # undoes the cut at 2 std
         nn.init.trunc_normal_(module.weight, 0.0, std, -2 * std, 2 * std)
         nn.init.zeros_(module.bias)
 

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-import dreamer
-from dreamer import Agent, Config, PixelEnv, load_agent, play, train
+from dreamer import Agent, Config, PixelEnv, load_agent, train
 from recipes import open_loop
 from recipes.earlier_lessons import LessonEncoder, LessonRSSM, load
 
@@ -26,18 +25,6 @@ E, R = LessonEncoder().state_dict(), LessonRSSM().state_dict()
 def recipe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return lambda name, *argv: importlib.import_module(f"recipes.{name}").main(list(argv))
-
-
-@pytest.fixture
-def brief(monkeypatch):
-    """To be quick an evaluation has a single held-out episode, again and again."""
-
-    def again(agent, env, seed, chance=0.0):
-        rows, states = play(agent, env, seed, chance)
-        times = 1 + 1_000 // len(states) if chance else 1
-        return rows[:1] + times * rows[1:], times * states
-
-    monkeypatch.setattr(dreamer, "play", again)
 
 
 @pytest.mark.parametrize("name, pixels, red", [("Bar", 5 * 64, 255), ("Circle", 197, 229)])

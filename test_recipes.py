@@ -11,7 +11,7 @@ import torch
 from gymnasium.utils.env_checker import check_env
 
 import dreamer
-from dreamer import Agent, Config, PixelEnv, play, train
+from dreamer import Agent, Config, PixelEnv, train
 from recipes import dream_env, dynamics_gradient, gaussian_latents
 
 SMALL = dict(
@@ -34,18 +34,6 @@ def recipe(tmp_path, monkeypatch):
     for name in ("TwoHotHead", "Critic", "update_behavior"):
         monkeypatch.setattr(dreamer, name, getattr(dreamer, name))
     return lambda name, *argv: importlib.import_module(f"recipes.{name}").main(list(argv))
-
-
-@pytest.fixture
-def brief(monkeypatch):
-    """To be quick an evaluation has a single held-out episode, again and again."""
-
-    def again(agent, env, seed, chance=0.0):
-        rows, states = play(agent, env, seed, chance)
-        times = 1 + 1_000 // len(states) if chance else 1
-        return rows[:1] + times * rows[1:], times * states
-
-    monkeypatch.setattr(dreamer, "play", again)
 
 
 @pytest.mark.parametrize("command", ["film --seed 3", "latents --steps 5", "probe --episodes 4"])
