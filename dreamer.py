@@ -97,8 +97,8 @@ class Config:
     def __post_init__(self):
         shares = ("unimix", "gamma", "lam", "critic_rate", "return_rate")
         for name, value in asdict(self).items():
-            may_be_0 = isinstance(value, float) or name in ("resume", "seed", "pretrain")
-            lowest, highest = 0 if may_be_0 else 1, 1 if name in shares else 10**9
+            lowest = 1 if type(value) is int and name not in ("seed", "pretrain") else 0
+            highest = 1 if name in shares else 10**9
             if not isinstance(value, str) and not lowest <= value <= highest:
                 raise ValueError(f"{name} must lie between {lowest} and {highest}, not {value}")
         if not self.batch_length <= self.prefill < self.steps:
@@ -352,8 +352,7 @@ class PixelEnv(gym.Wrapper):
                 env = gym.wrappers.TimeLimit(env, 1_000)
             self.discrete = isinstance(env.action_space, Discrete)
             if not self.discrete:  # only a bounded Box is accepted
-                one = env.action_space.dtype.type(1)  # in the precision of the space
-                env = gym.wrappers.RescaleAction(env, -one, one)
+                env = gym.wrappers.RescaleAction(env, -1, 1)
             super().__init__(env)
         self.observation_space = Box(0, 255, (64, 64, 3), np.uint8)
 
@@ -368,18 +367,17 @@ class PixelEnv(gym.Wrapper):
         return self.row["obs"], info
 
     def step(self, action):
-        taken = action if self.discrete else np.clip(action, -1, 1)
+        if not self.discrete:
+            action = np.clip(action, -1, 1)
         total = 0.0
         with explain(self.where):
             for _ in range(self.action_repeat):
-                _, *outcome, info = self.env.step(taken)
+                _, *outcome, info = self.env.step(action)
                 reward, terminated, truncated = (np.asarray(x, float).item() for x in outcome)
                 total += reward
                 if terminated or truncated:
                     break
-            # The row holds the action as the actor chose it, before it was clipped.
-            action = flatten(self.action_space, action)
-            self.remember(action, total, terminated, truncated)
+            self.remember(flatten(self.action_space, action), total, terminated, truncated)
         return self.row["obs"], total, bool(terminated), bool(truncated), info
 
     def remember(self, action, reward=0.0, terminated=False, truncated=False, is_first=False):
@@ -392,8 +390,7 @@ class PixelEnv(gym.Wrapper):
 
 # %% 1.6 The models: initialised, or given
 class Agent(nn.Module):
-    """World model (2.1), actor, critic, slow copy of the critic. `encoder` and `rssm` may be given
-    with the weights of P01 and P02 (recipes/earlier_lessons.py); else they are new."""
+    """World model (2.1), actor, critic. Encoder and RSSM are new, or given (say, P01's, P02's)."""
 
     def __init__(self, action_space: gym.Space, config: Config, encoder=None, rssm=None):
         super().__init__()
@@ -700,7 +697,7 @@ class Log:
 # %% [markdown]
 # # Section 5: Self-Evaluation Metrics
 # c' and r' are dreamed k <= H steps ahead, with the actions that were really taken.
-# r_k is 0 after a termination, unknown after a time limit. c'_1 ... c'_{k-1}: alive before step k.
+# c'_1 ... c'_{k-1} is the chance to be alive before step k.
 # - Eq. 5.1 Pearson correlation `reward_rho = corr(c'_1 ... c'_{k-1} r'_k, r_k)`
 # - Eq. 5.2 `latent_entropy` (trajectory entropy): the prior's entropy along the actor's dreams
 # - Eq. 5.3 `policy_entropy`: of the actor in the same dreams
@@ -725,18 +722,17 @@ def play(agent: Agent, env: PixelEnv, seed: int, chance: float = 0.0) -> tuple[l
     return rows, states
 
 
+@torch.no_grad()
 def evaluate(agent: Agent, episodes: int = 5, seed: int = 0) -> dict[str, float]:
     """Returns of unseen episodes, and Eq. 5.1 to 5.3 where they are defined."""
-    config = agent.config
     unseen = iter(range(2_000_000 * seed + 1, 2**62, 2))  # seeds of training are even
-    keep_random_state = torch.random.fork_rng(range(torch.cuda.device_count()))
-    with PixelEnv(config.env, config.action_repeat) as env, torch.no_grad(), keep_random_state:
+    with PixelEnv(agent.config.env, agent.config.action_repeat) as env, torch.random.fork_rng():
         torch.manual_seed(seed)
         returns, held_out = [], []
         for _ in tqdm(range(episodes), "evaluation", leave=False):
             rows, _ = play(agent, env, next(unseen))
             returns.append(sum(row["reward"] for row in rows))
-        while sum(len(rows) for rows, _ in held_out) < 40 * config.horizon:  # 1,000
+        while sum(len(rows) for rows, _ in held_out) < 40 * agent.config.horizon:  # 1,000
             held_out.append(play(agent, env, next(unseen), chance=0.02))
         metrics = dream_metrics(agent, held_out)
 
@@ -745,27 +741,33 @@ def evaluate(agent: Agent, episodes: int = 5, seed: int = 0) -> dict[str, float]
 
 
 # %% 5.2 Dreamed against real
+def windows(rows: list[dict], states: list[Tensor], length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Every fourth state of an episode of `play`, and the `length` actions and rewards after it."""
+    # After a termination the reward is 0, after a time limit it is unknown (nan).
+    after = rows[-1] | {"reward": np.float32(0 if rows[-1]["terminated"] else np.nan)}
+    columns = stack_rows(rows[1:] + (length - 1) * [after])
+    action = columns["prev_action"].unfold(0, length, 4).mT  # [N, length, A]
+    reward = columns["reward"].unfold(0, length, 4)  # [N, length]
+    return torch.cat(states[::4]), action, reward
+
+
 def dream_metrics(agent: Agent, held_out: list[tuple[list, list]]) -> dict:
-    """Eq. 5.1 to 5.3, in dreams from every fourth row of episodes of `play`."""
+    """Eq. 5.1 to 5.3, in dreams from the rows of held-out episodes."""
     model, H = agent.world_model, agent.config.horizon
-    starts, actions, rewards = [], [], []
-    for rows, states in held_out:
-        # Windows of H+1 rows start at rows 0, 4, 8 ... After the end: 0, or unknown (nan).
-        after = rows[-1] | {"reward": np.float32(0 if rows[-1]["terminated"] else np.nan)}
-        columns = stack_rows(rows + (H - 1) * [after])
-        starts += states[::4]
-        actions.append(columns["prev_action"].unfold(0, H + 1, 4))  # [windows, A, H+1]
-        rewards.append(columns["reward"].unfold(0, H + 1, 4))  # [windows, H+1]
+    parts = [windows(rows, states, H) for rows, states in held_out]
+    start, action, real = (torch.cat(part) for part in zip(*parts, strict=True))
 
-    dream = [torch.cat(starts)]  # [N, F]
-    action = torch.cat(actions).to(agent.config.device)  # [N, A, H+1]
-    for t in range(1, H + 1):
-        dream.append(model.rssm.img_step(dream[-1], action[:, :, t]))
-    reward, cont = model.predict(torch.stack(dream, 1))  # each [N, H+1]
-    reward[:, 2:] *= cont[:, 1:-1].cumprod(1)  # c'_1 ... c'_{k-1} r'_k
-    metrics = {"reward_rho": reward_rho(reward[:, 1:], torch.cat(rewards)[:, 1:])}
+    # The dream with the actions that were really taken
+    action = action.to(start.device)  # [N, H, A]
+    feats = [start]  # each [N, F]
+    for t in range(H):
+        feats.append(model.rssm.img_step(feats[t], action[:, t]))
+    reward, cont = model.predict(torch.stack(feats[1:], 1))  # each [N, H], for k = 1 ... H
+    reward[:, 1:] *= cont[:, :-1].cumprod(1)  # c'_1 ... c'_{k-1} r'_k
+    metrics = {"reward_rho": reward_rho(reward, real)}
 
-    feat, _ = imagine(model, agent.actor, dream[0], H)  # [H+1, N, F]
+    # Dreams in which the actor acts
+    feat, _ = imagine(model, agent.actor, start, H)  # [H+1, N, F]
     prior = model.rssm.prior(feat[1:, :, : model.rssm.hidden])  # [H, N, S, K]
     metrics["latent_entropy"] = model.rssm.entropy(prior).mean()
     metrics["policy_entropy"] = agent.actor(feat[:-1]).entropy().mean()
@@ -785,8 +787,7 @@ def save_checkpoint(agent: Agent, replay: ReplayBuffer, log: Log, *progress: int
     """Write a run (without a GPU's random state), whole or not at all."""
     state = {"config": asdict(agent.config), "agent": agent.state_dict(), "progress": progress}
     state["optimizers"] = {part: x.state_dict() for part, x in agent.optimizers.items()}
-    state |= {"rows": stack_rows(replay.rows), "lines": log.lines}
-    state["random"] = torch.get_rng_state()
+    state |= {"lines": log.lines, "random": torch.get_rng_state(), "rows": stack_rows(replay.rows)}
     (log.folder / "config.json").write_text(json.dumps(state["config"], indent=2))
     torch.save(state, log.folder / "new.pt")
     (log.folder / "new.pt").replace(log.folder / "checkpoint.pt")
@@ -810,7 +811,6 @@ def load_checkpoint(agent: Agent, replay: ReplayBuffer, log: Log) -> tuple[int, 
         agent.load_state_dict(state["agent"])
         for part, optimizer in agent.optimizers.items():
             optimizer.load_state_dict(copy.deepcopy(state["optimizers"][part]))  # not mmapped
-
     for i in range(len(state["rows"]["obs"])):
         replay.add({name: x[i].numpy().copy() for name, x in state["rows"].items()})
     log.lines = state["lines"]

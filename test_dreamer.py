@@ -411,11 +411,12 @@ def test_what_an_environment_does_wrong_is_named_with_environment_and_episode(fa
     assert error.startswith("Faulty-v0, episode with seed 7: ") and message in error
 
 
-def test_box_actions_are_rescaled_and_clipped_and_the_row_keeps_the_chosen_one(recwarn):
+def test_box_actions_are_clipped_then_rescaled_and_the_row_keeps_the_clipped_one(recwarn):
     env = PixelEnv("Box-v0")  # in [-2, 2], as float64
-    for action, taken in [([1.0, -0.5], [2.0, -1.0]), ([7.0, -1.5], [2.0, -2.0])]:
+    for action, clipped in [([1.0, -0.5], [1.0, -0.5]), ([7.0, -1.5], [1.0, -1.0])]:
         rows = episode(env, [np.array(action)])
-        assert env.unwrapped.action.tolist() == taken and rows[1]["prev_action"].tolist() == action
+        assert env.unwrapped.action.tolist() == [2 * x for x in clipped]
+        assert rows[1]["prev_action"].tolist() == clipped
     assert not [w for w in recwarn if "overflow" in str(w)]
 
 
@@ -1167,9 +1168,7 @@ class Known:
         return torch.stack([feat[..., 0] + 1, action, feat[..., 2]], -1)
 
     def predict(self, feat):
-        cont = (feat[..., 0] != self.length).float()
-        cont[:, 0] = torch.linspace(0.1, 0.9, len(cont))  # of the start itself: no account
-        return feat[..., 0].clone(), cont
+        return feat[..., 0].clone(), (feat[..., 0] != self.length).float()
 
     def prior(self, h):
         return torch.stack(3 * [torch.cat([1 + h, 31 - h], -1) / 32], -2)
