@@ -3,7 +3,7 @@
     python dreamer.py --device cpu      (in a notebook: run all cells)
 
 The sections carry the lesson's numbers. The algorithm is DreamerV3 (arXiv:2301.04104).
-Begin with the loop in 4.1 and the agent in 1.6, then read from the top.
+Begin with the loop in 4.1 and the agent in 1.6. Weights of P01 and P02: recipes/earlier_lessons.py.
 
 Shapes    B batch   T time   N starts of imagination   H horizon   A action   E embedding
           D size of h   S groups of K classes   Z = S * K size of z   feat = (h, z)   F = D + Z
@@ -22,8 +22,8 @@ actor loss                                     -                   yes       -
 critic loss                                    -                    -       yes
 """
 
-# %% In a notebook, this line takes the place of the command line tags=["parameters"]
-ARGUMENTS = "--resume"
+# %% tags=["parameters"]
+ARGUMENTS = "--resume"  # in a notebook, this takes the place of the command line
 
 # %% [markdown]
 # # Section 1: Setup
@@ -90,7 +90,7 @@ class Config:
     lam: float = 0.95  # lambda of the lambda-return
     entropy: float = 1.2e-2  # eta, weight of the actor's entropy
     critic_rate: float = 0.1  # how far the slow critic moves to the critic
-    return_rate: float = 0.01  # how fast the scale of returns follows; 0: none
+    return_rate: float = 0.01  # rate of the running mean in Eq. 3.4; 0: scale 1
     eval_every: int = 2_000  # steps between evaluations, each with a checkpoint
     episodes: int = 5  # episodes of an evaluation
 
@@ -132,14 +132,14 @@ def twohot_encode(x: Tensor, bins: Tensor) -> Tensor:
 def twohot_decode(logits: Tensor, bins: Tensor) -> Tensor:
     """Logits [..., bins] -> mean of the bins [...]."""
     terms = torch.softmax(logits, -1) * bins
-    # Each bin is added to its mirror image first, so that equal weights give 0.
+    # As terms.sum(-1), but mirror bins are added first: equal weights give 0, no rounding error.
     return (terms + terms.flip(-1)).sum(-1) / 2
 
 
 def init_weights(module: nn.Module) -> None:
     """Three times PyTorch's variance: 1 / inputs for Linear and Conv2d; zero biases."""
     if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
-        std = 1.1368 / module.weight[0].numel() ** 0.5  # undoes the cut at 2 std
+        std = 1.1368 / module.weight[0].numel() ** 0.5  # cut at 2 std, it is 1.1368 times smaller
         nn.init.trunc_normal_(module.weight, 0.0, std, -2 * std, 2 * std)
         nn.init.zeros_(module.bias)
 
@@ -210,7 +210,7 @@ def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
 class RSSM(nn.Module):
     """Recurrent state-space model (arXiv:1811.04551). One with the same methods can be given."""
 
-    kl = staticmethod(kl_divergence)  # another in an RSSM whose z is, say, normal
+    kl = staticmethod(kl_divergence)  # an RSSM with normal z, say, brings its own
 
     def __init__(self, embed_size: int, action_size: int, config: Config):
         super().__init__()
@@ -233,7 +233,7 @@ class RSSM(nn.Module):
     def recur(self, feat: Tensor, prev_action: Tensor) -> Tensor:
         """Eq. 1.1, a GRU with layer norm: the next h [., D]."""
         h, z = feat[..., : self.hidden], feat[..., self.hidden :]
-        x = self.inputs(torch.cat([z, prev_action.clamp(-1, 1)], -1))  # as PixelEnv clips
+        x = self.inputs(torch.cat([z, prev_action.clamp(-1, 1)], -1))  # drawn ones can lie beyond
         reset, candidate, update = self.gates(torch.cat([x, h], -1)).chunk(3, -1)
         candidate = torch.tanh(torch.sigmoid(reset) * candidate)
         update = torch.sigmoid(update - 1)  # 1: new, 0: old; at first mostly old
@@ -302,7 +302,7 @@ class TwoHotHead(nn.Module):
         return twohot_decode(self.net(feat), self.bins)
 
     def loss(self, feat: Tensor, *targets: Tensor) -> Tensor:
-        """Cross-entropy [...] with a target [...]; with two (Eq. 3.6) their sum."""
+        """Cross-entropy [...] with a target [...]. The critic has two (Eq. 3.6): their sum."""
         weights = sum(twohot_encode(target, self.bins) for target in targets)
         return -(weights * torch.log_softmax(self.net(feat), -1)).sum(-1)
 
@@ -358,7 +358,7 @@ class PixelEnv(gym.Wrapper):
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         self.where = f"{self.env_id}, episode with seed {seed}"
-        # Another seed, or actions would draw the environment's own numbers.
+        # Not the seed itself: random actions (5.1) would repeat the environment's random numbers.
         self.action_space.seed(None if seed is None else seed + 2**40)
 
         with explain(self.where):
@@ -372,15 +372,15 @@ class PixelEnv(gym.Wrapper):
         total = 0.0
         with explain(self.where):
             for _ in range(self.action_repeat):
-                _, *outcome, info = self.env.step(action)
-                reward, terminated, truncated = (np.asarray(x, float).item() for x in outcome)
-                total += reward
+                _, reward, terminated, truncated, info = self.env.step(action)
+                total += np.asarray(reward, float).item()
                 if terminated or truncated:
                     break
             self.remember(flatten(self.action_space, action), total, terminated, truncated)
         return self.row["obs"], total, bool(terminated), bool(truncated), info
 
     def remember(self, action, reward=0.0, terminated=False, truncated=False, is_first=False):
+        terminated, truncated = (np.asarray(x, float).item() for x in (terminated, truncated))
         if not np.isfinite([reward, terminated, truncated]).all():
             raise ValueError(f"step() gave {reward=}, {terminated=}, {truncated=}")
         self.row = {"obs": small_frame(self.env.render()), "prev_action": np.float32(action)}
@@ -390,7 +390,7 @@ class PixelEnv(gym.Wrapper):
 
 # %% 1.6 The models: initialised, or given
 class Agent(nn.Module):
-    """World model (2.1), actor, critic. Encoder and RSSM are new, or given (say, P01's, P02's)."""
+    """World model (2.1), actor, critic. Encoder and RSSM: new, or recipes/earlier_lessons.py's."""
 
     def __init__(self, action_space: gym.Space, config: Config, encoder=None, rssm=None):
         super().__init__()
@@ -405,7 +405,7 @@ class Agent(nn.Module):
             self.register_buffer("return_range", torch.zeros(2))  # of Eq. 3.4
             self.to(config.device)
 
-        self.lr_scale, self.optimizers = 1.0, {}  # an optimizer for each loss
+        self.lr_scale, self.optimizers = 1.0, {}  # one for each loss; 2.2 sets the lr
         for part in ("world_model", "actor", "critic"):
             weights = [x for x in getattr(self, part).parameters() if x.requires_grad]
             self.optimizers[part] = torch.optim.Adam(weights, betas=(0.9, 0.95), fused=True)
@@ -443,7 +443,7 @@ class ReplayBuffer:
         del self.rows[: -self.capacity]
 
     def sample(self, batch_size: int, length: int) -> dict[str, Tensor]:
-        """Sequences [B, T, ...] from the later of two random rows: new ones count more."""
+        """Sequences [B, T, ...] that start at the later of two random rows: new ones count more."""
         starts = torch.randint(len(self.rows) - length + 1, (2, batch_size)).amax(0)
         rows = [self.rows[start + t] for start in starts.tolist() for t in range(length)]
         columns = stack_rows(rows)
@@ -534,7 +534,7 @@ def update_world_model(agent: Agent, batch: dict[str, Tensor]) -> tuple[Tensor, 
 # The actor dreams H steps with the prior, from real states. v: critic. Losses: means over t, N.
 # - Eq. 3.1 `a_t ~ pi(. | h_t, z_t)`, `h_{t+1} = f(h_t, z_t, a_t)`, `z_{t+1} ~ p(. | h_{t+1})`
 # - Eq. 3.2 `R_t = r_{t+1} + gamma c_{t+1} ((1 - lam) v_{t+1} + lam R_{t+1})`, `R_H = v_H`
-# - Eq. 3.3 `w_t = c_0 (gamma c_1) ... (gamma c_t)`: discount, times the chance to be alive at t
+# - Eq. 3.3 `w_t = c_0 (gamma c_1) ... (gamma c_t)`: discount, chance to be alive (c_0: at t = 0)
 # - Eq. 3.4 `scale = max(1, running mean of (95th - 5th percentile of R))`
 # - Eq. 3.5 `actor loss = -w_t (sg((R_t - v_t) / scale) ln pi(a_t | h_t, z_t) + eta entropy)`
 # - Eq. 3.6 `critic loss = -w_t (ln p(R_t | h_t, z_t) + ln p(slow critic's v_t | h_t, z_t))`
@@ -566,7 +566,7 @@ def update_behavior(agent: Agent, start: Tensor) -> dict[str, Tensor]:
     """Dream from states [N, F]; then one step of the actor, one of the critic."""
     config, model = agent.config, agent.world_model
 
-    # Dream. The actor learns by REINFORCE, not through the dream (a recipe).
+    # Dream: no gradient (for one, recipes/dynamics_gradient.py), so each sg below is a reminder.
     with torch.no_grad():
         feat, action = imagine(model, agent.actor, start, config.horizon)  # [H+1, N, F], [H, N, A]
         reward, cont = model.predict(feat)  # each [H+1, N]
@@ -639,7 +639,7 @@ def train(config: Config, agent: Agent | None = None) -> Path:
             state, repeat, score, begin, metrics = None, False, 0.0, step, {}
 
             while not env.row["is_last"]:
-                # Act: draw the action, or repeat the last one for 4 steps on average.
+                # Act: draw; in 2 % of steps (prefill: 75 %) begin to repeat, 4 times on average.
                 chance = 0.75 if repeat or step < config.prefill else 0.02
                 repeat = state is not None and torch.rand(()) < chance
                 action, state = agent.act(env.row["obs"], state, explore=True, repeat=repeat)
@@ -649,7 +649,7 @@ def train(config: Config, agent: Agent | None = None) -> Path:
 
                 # Learn: the world model from real rows, then the behavior from dreams.
                 while updates < updates_due(config, step):
-                    agent.lr_scale = min(1, 3 - 3 * step / config.steps)
+                    agent.lr_scale = min(1, 3 - 3 * step / config.steps)  # falls at the end
                     batch = replay.sample(config.batch_size, config.batch_length)
                     feat, metrics = update_world_model(agent, batch)
                     if updates >= config.pretrain:
@@ -670,7 +670,7 @@ def train(config: Config, agent: Agent | None = None) -> Path:
 
 # %% 4.2 Log and curves
 class Log:
-    """The lines of metrics.jsonl: one per episode, one per evaluation."""
+    """The lines of metrics.jsonl, rewritten whole: to go on drops those after the checkpoint."""
 
     def __init__(self, folder: Path):
         self.folder, self.lines = folder, []
@@ -697,7 +697,7 @@ class Log:
 # %% [markdown]
 # # Section 5: Self-Evaluation Metrics
 # c' and r' are dreamed k <= H steps ahead, with the actions that were really taken.
-# c'_1 ... c'_{k-1} is the chance to be alive before step k.
+# The product c'_1 ... c'_{k-1} is the chance to be alive before step k.
 # - Eq. 5.1 Pearson correlation `reward_rho = corr(c'_1 ... c'_{k-1} r'_k, r_k)`
 # - Eq. 5.2 `latent_entropy` (trajectory entropy): the prior's entropy along the actor's dreams
 # - Eq. 5.3 `policy_entropy`: of the actor in the same dreams
@@ -743,10 +743,10 @@ def evaluate(agent: Agent, episodes: int = 5, seed: int = 0) -> dict[str, float]
 # %% 5.2 Dreamed against real
 def windows(rows: list[dict], states: list[Tensor], length: int) -> tuple[Tensor, Tensor, Tensor]:
     """Every fourth state of an episode of `play`, and the `length` actions and rewards after it."""
-    # After a termination the reward is 0, after a time limit it is unknown (nan).
+    # Windows reach beyond the end: there the reward is 0 if terminated, else unknown (nan).
     after = rows[-1] | {"reward": np.float32(0 if rows[-1]["terminated"] else np.nan)}
     columns = stack_rows(rows[1:] + (length - 1) * [after])
-    action = columns["prev_action"].unfold(0, length, 4).mT  # [N, length, A]
+    action = columns["prev_action"].unfold(0, length, 4).mT  # [N, A, length] -> [N, length, A]
     reward = columns["reward"].unfold(0, length, 4)  # [N, length]
     return torch.cat(states[::4]), action, reward
 
@@ -800,7 +800,7 @@ def read_checkpoint(path: str | Path) -> dict:
         with zipfile.ZipFile(path) as file:
             if file.testzip():
                 raise ValueError("a checksum is wrong")
-        # mmap reads a tensor when it is used: --eval leaves the replay buffer out.
+        # mmap: --eval never reads the replay buffer. Who goes on must copy what was read.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
@@ -822,7 +822,7 @@ def load_agent(path: str | Path, device: str = "cpu") -> Agent:
     """The agent in a run's folder or file, if its networks are those of this file."""
     state = read_checkpoint(path)
     with explain(f"the agent of {path}"), PixelEnv(state["config"]["env"]) as env:
-        agent = Agent(env.action_space, Config(**state["config"] | {"device": device}))
+        agent = Agent(env.action_space, Config(**{**state["config"], "device": device}))
         agent.load_state_dict(state["agent"])
         return agent
 
@@ -841,7 +841,7 @@ def main(argv: list[str] | None = None) -> Path | None:
 
 
 if __name__ == "__main__":
-    # sys.argv[0] is this file, also with %run. In a notebook it is the kernel.
+    # As a script or with %run, argv[0] is this file. In a notebook's cell it is the kernel.
     if Path(sys.argv[0]).name == Path(globals().get("__file__", "-")).name:
         main()
     elif "ipykernel" in sys.modules:

@@ -388,7 +388,7 @@ FAULTS = {
     "no cut": (dict(step=lambda r, *e: (r, 0, None)), "reward=1.0, terminated=0.0, truncated=nan"),
     "an end in words": (dict(step=lambda r, *e: (r, "no", False)), "float: 'no'"),
     "a cut in words": (dict(step=lambda r, *e: (r, False, "no")), "float: 'no'"),
-    "two ends": (dict(step=lambda r, *e: (r, np.zeros(2, bool), False)), "size 1"),
+    "two ends": (dict(step=lambda r, *e: (r, np.zeros(2, bool), False)), "more than one element"),
     "no frame": (dict(frame=lambda x: None), "render() gave NoneType (), no frame in 0...255"),
     "a list of frames": (dict(frame=lambda x: [x, x]), "list (2, 80, 120, 3)"),
     "text": (dict(frame=lambda x: "cell 3"), "no frame in 0...255"),
