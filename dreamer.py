@@ -696,7 +696,7 @@ class Log:
 
 # %% [markdown]
 # # Section 5: Self-Evaluation Metrics
-# c' and r' are dreamed k <= H steps ahead, with the actions that were really taken.
+# c' and r' are dreamed k <= 15 steps ahead, with the actions that were really taken.
 # The product c'_1 ... c'_{k-1} is the chance to be alive before step k.
 # - Eq. 5.1 Pearson correlation `reward_rho = corr(c'_1 ... c'_{k-1} r'_k, r_k)`
 # - Eq. 5.2 `latent_entropy` (trajectory entropy): the prior's entropy along the actor's dreams
@@ -732,7 +732,7 @@ def evaluate(agent: Agent, episodes: int = 5, seed: int = 0) -> dict[str, float]
         for _ in tqdm(range(episodes), "evaluation", leave=False):
             rows, _ = play(agent, env, next(unseen))
             returns.append(sum(row["reward"] for row in rows))
-        while sum(len(rows) for rows, _ in held_out) < 40 * agent.config.horizon:  # 1,000
+        while sum(len(rows) for rows, _ in held_out) < 200 * episodes:
             held_out.append(play(agent, env, next(unseen), chance=0.02))
         metrics = dream_metrics(agent, held_out)
 
@@ -751,9 +751,9 @@ def windows(rows: list[dict], states: list[Tensor], length: int) -> tuple[Tensor
     return torch.cat(states[::4]), action, reward
 
 
-def dream_metrics(agent: Agent, held_out: list[tuple[list, list]]) -> dict:
-    """Eq. 5.1 to 5.3, in dreams from the rows of held-out episodes."""
-    model, H = agent.world_model, agent.config.horizon
+def dream_metrics(agent: Agent, held_out: list[tuple[list, list]], H: int = 15) -> dict:
+    """Eq. 5.1 to 5.3, in dreams of H steps from the rows of held-out episodes."""
+    model = agent.world_model
     parts = [windows(rows, states, H) for rows, states in held_out]
     start, action, real = (torch.cat(part) for part in zip(*parts, strict=True))
 

@@ -1114,7 +1114,7 @@ def test_a_damaged_checkpoint_is_refused_and_one_with_code_runs_none_of_it(run, 
 
 # Section 5: self-evaluation metrics
 def test_returns_are_of_unseen_seeds_and_random_actions_take_over_in_the_others(monkeypatch):
-    agent, seeds, seen = new_agent(env="Corridor-v0", horizon=25), [], []
+    agent, seeds, seen = new_agent(env="Corridor-v0"), [], []
 
     def watched(agent, env, seed, chance=0.0):
         seeds.append((seed, chance > 0))
@@ -1125,7 +1125,7 @@ def test_returns_are_of_unseen_seeds_and_random_actions_take_over_in_the_others(
         dreamer, "dream_metrics", lambda agent, held_out: seen.extend(held_out) or {}
     )
     metrics = evaluate(agent, 2, seed=3)
-    assert seeds == [(6_000_001 + 2 * i, i > 1) for i in range(6)]  # 4 * 250 rows are 40 * 25
+    assert seeds == [(6_000_001 + 2 * i, i > 1) for i in range(4)]  # 2 * 250 rows suffice
     assert [(len(rows), *states) for rows, states in seen] == [(250, seed) for seed, _ in seeds[2:]]
     assert metrics == {"eval/return": 250 * 2, "eval/return_std": 250 * 1}
 
@@ -1151,8 +1151,8 @@ class Known:
     """An agent whose model knows Counting: a state is the time, which is the reward, too, the
     action that led to it, and a random number that an acting state draws and a dream keeps."""
 
-    def __init__(self, horizon=6, length=10):
-        self.config, self.length, self.hidden = Config(horizon=horizon), length, 1
+    def __init__(self, length=10):
+        self.length, self.hidden = length, 1
         self.world_model = self.rssm = self
         self.entropy = lambda probs: RSSM.entropy(None, probs)
 
@@ -1182,14 +1182,14 @@ def held_out(agent, *env_ids):
 def test_the_metrics_of_dreams_are_those_of_the_equations(monkeypatch):
     """Eq. 5.1 to 5.3, a step at a time, with a model that errs in all of them. The start of a
     dream is known by its random number, and an action by its share in the dreamed reward."""
-    agent, H, pairs = Known(6), 6, []
+    agent, H, pairs = Known(), 6, []
     agent.predict = lambda feat: (
         feat[..., 0] ** 2 % 7 + 3 * feat[..., 1] + 20 * feat[..., 2],
         1 / (1 + 0.1 * feat[..., 0] + 0.1 * feat[..., 1]),
     )
     spy(monkeypatch, dreamer, "reward_rho", lambda *both: pairs.extend(both))
     episodes = held_out(agent, "Ten-v0", "TenCut-v0", "Truncated-v0")
-    metrics = {name: float(x) for name, x in dreamer.dream_metrics(agent, episodes).items()}
+    metrics = {name: float(x) for name, x in dreamer.dream_metrics(agent, episodes, H).items()}
     dreams, x, y, latent, policy = 0, [], [], [], []
     for rows, states in episodes:
         assert len(states) == len(rows) - 1 in (4, 10)
@@ -1219,7 +1219,7 @@ def test_the_metrics_of_dreams_are_those_of_the_equations(monkeypatch):
 
 def test_a_perfect_model_has_correlation_one_and_one_that_sees_no_end_has_not():
     def rho(agent, env_id):
-        return dreamer.dream_metrics(agent, held_out(agent, env_id))["reward_rho"]
+        return dreamer.dream_metrics(agent, held_out(agent, env_id), 6)["reward_rho"]
 
     assert rho(Known(), "Ten-v0") == pytest.approx(1)
     assert rho(Known(length=100), "Ten-v0") < 0.5
@@ -1240,9 +1240,9 @@ def test_reward_rho_is_pearsons_of_the_known_pairs_and_nan_where_nothing_varies(
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_evaluation_is_a_function_of_its_seed_and_what_does_not_exist_is_left_out():
-    """Here the rewards do not vary, and dreams have one step."""
+    """Here the rewards do not vary."""
     register("Still", ends_by="truncated", gives=dict(step=lambda r, *ends: (1.0, *ends)))
-    agent = new_agent(space=Discrete(3, start=5), env="Still-v0", horizon=1)
+    agent = new_agent(space=Discrete(3, start=5), env="Still-v0")
     torch.manual_seed(1)
     state = torch.get_rng_state()
     metrics = evaluate(agent, 1, seed=5)
