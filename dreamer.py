@@ -70,7 +70,7 @@ class Config:
     action_repeat: int = 1  # environment steps for which an action is held
     prefill: int = 1_500  # steps of the untrained actor before the first update
     pretrain: int = 500  # updates of the world model alone
-    train_ratio: float = 48.0  # replayed steps for each step after the prefill
+    train_ratio: float = 56.0  # replayed steps for each step after the prefill
     batch_size: int = 8  # B, sequences in a batch
     batch_length: int = 16  # T, steps in a sequence
     depth: int = 8  # the CNN has 2 * depth and 8 * depth channels
@@ -88,7 +88,7 @@ class Config:
     horizon: int = 25  # H, imagined steps
     gamma: float = 0.99  # discount of a step
     lam: float = 0.95  # lambda of the lambda-return
-    entropy: float = 1.2e-2  # eta, weight of the actor's entropy
+    entropy: float = 1.2e-2  # eta, weight of the actor's entropy; falls as well
     critic_rate: float = 0.1  # how far the slow critic moves to the critic
     return_rate: float = 0.01  # rate of the running mean in Eq. 3.4; 0: scale 1
     eval_every: int = 2_000  # steps between evaluations, each with a checkpoint
@@ -405,7 +405,7 @@ class Agent(nn.Module):
             self.register_buffer("return_range", torch.zeros(2))  # of Eq. 3.4
             self.to(config.device)
 
-        self.lr_scale, self.optimizers = 1.0, {}  # one for each loss; 2.2 sets the lr
+        self.anneal, self.optimizers = 1.0, {}  # one for each loss; 2.2 sets the lr
         for part in ("world_model", "actor", "critic"):
             weights = [x for x in getattr(self, part).parameters() if x.requires_grad]
             self.optimizers[part] = torch.optim.Adam(weights, betas=(0.9, 0.95), fused=True)
@@ -510,7 +510,7 @@ def gradient_step(agent: Agent, part: str, loss: Tensor) -> Tensor:
     optimizer = agent.optimizers[part]
     weights = optimizer.param_groups[0]["params"]
     lr = agent.config.lr if part == "world_model" else agent.config.behavior_lr
-    optimizer.param_groups[0]["lr"] = agent.lr_scale * lr
+    optimizer.param_groups[0]["lr"] = agent.anneal * lr
     optimizer.zero_grad()
     loss.backward(inputs=weights)  # no gradient for any other part
     with explain(f"the loss of the {part} is {loss:.3g}"):
@@ -585,7 +585,7 @@ def update_behavior(agent: Agent, start: Tensor) -> dict[str, Tensor]:
     policy = agent.actor(feat)
     entropy = policy.entropy()  # [H, N]
     advantage = sg((returns - value[:-1]) / scale)  # [H, N]
-    objective = advantage * policy.log_prob(sg(action)) + config.entropy * entropy  # [H, N]
+    objective = advantage * policy.log_prob(sg(action)) + agent.anneal * config.entropy * entropy
     actor_loss = -(weight * objective).mean()  # [] Eq. 3.5
 
     # Critic
@@ -610,7 +610,7 @@ def update_behavior(agent: Agent, start: Tensor) -> dict[str, Tensor]:
 
 # %% 4.1 The training loop
 def updates_due(config: Config, step: int) -> int:
-    """Updates due by this step: by default 500 at 1,500, then 3 every 8 steps."""
+    """Updates due by this step: by default 500 at 1,500, then 7 every 16 steps."""
     if step < config.prefill:
         return 0
     replayed = (min(step, config.steps) - config.prefill) * config.train_ratio
@@ -649,7 +649,7 @@ def train(config: Config, agent: Agent | None = None) -> Path:
 
                 # Learn: the world model from real rows, then the behavior from dreams.
                 while updates < updates_due(config, step):
-                    agent.lr_scale = min(1, 3 - 3 * step / config.steps)  # falls at the end
+                    agent.anneal = min(1, 3 - 3 * step / config.steps)  # falls at the end
                     batch = replay.sample(config.batch_size, config.batch_length)
                     feat, metrics = update_world_model(agent, batch)
                     if updates >= config.pretrain:

@@ -574,7 +574,7 @@ def test_imagination_follows_prior_and_actor_without_environment(agent, monkeypa
 def test_the_behavior_losses_are_those_of_the_equations(agent, monkeypatch):
     """Eq. 3.2 to 3.6, a state at a time, on a dream that is given."""
     H, N, gamma, lam = 5, 4, agent.config.gamma, agent.config.lam
-    lively(agent).config.entropy, agent.config.return_rate = 0.3, 0.5
+    lively(agent).config.entropy, agent.anneal, agent.config.return_rate = 0.6, 0.5, 0.5
     feat = torch.randn(H + 1, N, D + Z)
     action = torch.nn.functional.one_hot(torch.randint(A, (H, N)), A).float()
     losses, agent.return_range = {}, torch.tensor([0.0, 1000.0])
@@ -671,7 +671,7 @@ def test_each_update_moves_its_own_part_and_the_slow_critic_follows(agent, monke
 
 
 def test_a_gradient_step_is_adam_with_the_parts_learning_rate_and_a_bounded_gradient(agent):
-    agent.config.lr, agent.config.behavior_lr, agent.lr_scale = 2e-4, 1e-3, 0.1
+    agent.config.lr, agent.config.behavior_lr, agent.anneal = 2e-4, 1e-3, 0.1
     before = snapshot(agent)
     dreamer.gradient_step(agent, "world_model", agent.world_model.decoder[0].weight.square().sum())
     moved = (agent.world_model.decoder[0].weight - before["world_model.decoder.0.weight"]).abs()
@@ -721,12 +721,12 @@ def test_dreams_start_from_different_states_of_the_batch(agent, monkeypatch):
 def test_training_acts_and_learns_when_and_as_fast_as_it_should(tmp_path, monkeypatch):
     steps = (1_499, 1_500, 1_501, 1_502, 5_000, 5_400)
     due = [dreamer.updates_due(Config(), step) for step in steps]
-    assert due == [0, 500, 500, 500, 1_812, 1_812]
-    assert dreamer.updates_due(Config(), 1_508) == 503  # three every eight steps
+    assert due == [0, 500, 500, 500, 2_031, 2_031]
+    assert dreamer.updates_due(Config(), 1_516) == 507  # seven every sixteen steps
     acted, begun, rates, behaved, patch = [], [], [], [], monkeypatch
     spy(patch, Agent, "act", lambda agent, *args, **kw: acted.append((len(begun), args[1], kw)))
     spy(patch, PixelEnv, "reset", lambda env, seed: begun.append(seed))
-    spy(patch, dreamer, "update_world_model", lambda agent, batch: rates.append(agent.lr_scale))
+    spy(patch, dreamer, "update_world_model", lambda agent, batch: rates.append(agent.anneal))
     spy(patch, dreamer, "update_behavior", lambda agent, feat: behaved.append(len(rates)))
     spy(patch, ReplayBuffer, "sample", lambda replay, *sizes: sizes == (3, 6) or 1 / 0)
     patch.setattr(dreamer, "evaluate", lambda *args: {})

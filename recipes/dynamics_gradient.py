@@ -52,9 +52,9 @@ def update_behavior(agent: Agent, start: Tensor) -> dict[str, Tensor]:
 
     # In place of Eq. 3.5. gradient_step moves the actor alone.
     entropy = agent.actor(feat).entropy()  # [H, N]
-    actor_loss = -(weight * (returns / scale + config.entropy * entropy)).mean()  # []
-    slow_value = agent.slow_critic(feat)  # [H, N]
-    error = agent.critic.loss(feat, sg(returns), sg(slow_value))  # [H, N]
+    eta = agent.anneal * config.entropy
+    actor_loss = -(weight * (returns / scale + eta * entropy)).mean()  # []
+    error = agent.critic.loss(feat, sg(returns), sg(agent.slow_critic(feat)))  # [H, N]
     critic_loss = (weight * error).mean()  # []
 
     gradient_step(agent, "actor", actor_loss)
