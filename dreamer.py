@@ -2,7 +2,7 @@
 
     python dreamer.py --device cpu      (in a notebook: run all cells)
 
-The sections carry the lesson's numbers. The algorithm is DreamerV3 (arXiv:2301.04104).
+Sections carry the lesson's numbers. It is DreamerV3 (arXiv:2301.04104), changed as README.md says.
 Begin with the loop in 4.1 and the agent in 1.6. Weights of P01 and P02: recipes/earlier_lessons.py.
 
 Shapes    B batch   T time   N starts of imagination   H horizon   A action   E embedding
@@ -59,7 +59,7 @@ os.environ.setdefault("SDL_NO_SIGNAL_HANDLERS", "1")  # and leave Ctrl-C to Pyth
 class Config:
     """Train an agent from pixels, go on with a run, or measure its agent."""
 
-    eval: str = ""  # folder of a run to measure, with --episodes and --seed
+    eval: str = ""  # folder of a run to measure, with --episodes, --seed and --device
     resume: bool = False  # go on from the checkpoint, if there is one
     env: str = "CartPole-v1"  # Gymnasium id; module:Id imports the module
     seed: int = 0  # seed of weights, actions, batches and episodes
@@ -233,7 +233,7 @@ class RSSM(nn.Module):
     def recur(self, feat: Tensor, prev_action: Tensor) -> Tensor:
         """Eq. 1.1, a GRU with layer norm: the next h [., D]."""
         h, z = feat[..., : self.hidden], feat[..., self.hidden :]
-        x = self.inputs(torch.cat([z, prev_action.clamp(-1, 1)], -1))  # drawn ones can lie beyond
+        x = self.inputs(torch.cat([z, prev_action.clamp(-1, 1)], -1))  # normal draws can lie beyond
         reset, candidate, update = self.gates(torch.cat([x, h], -1)).chunk(3, -1)
         candidate = torch.tanh(torch.sigmoid(reset) * candidate)
         update = torch.sigmoid(update - 1)  # 1: new, 0: old; at first mostly old
@@ -302,7 +302,7 @@ class TwoHotHead(nn.Module):
         return twohot_decode(self.net(feat), self.bins)
 
     def loss(self, feat: Tensor, *targets: Tensor) -> Tensor:
-        """Cross-entropy [...] with a target [...]. The critic has two (Eq. 3.6): their sum."""
+        """Cross-entropy [...] with a target [...]. Eq. 3.6 gives two targets: the sum of both."""
         weights = sum(twohot_encode(target, self.bins) for target in targets)
         return -(weights * torch.log_softmax(self.net(feat), -1)).sum(-1)
 
@@ -405,14 +405,14 @@ class Agent(nn.Module):
             self.register_buffer("return_range", torch.zeros(2))  # of Eq. 3.4
             self.to(config.device)
 
-        self.anneal, self.optimizers = 1.0, {}  # one for each loss; 2.2 sets the lr
+        self.anneal, self.optimizers = 1.0, {}  # anneal scales lr (set in 2.2) and eta, falls (4.1)
         for part in ("world_model", "actor", "critic"):
             weights = [x for x in getattr(self, part).parameters() if x.requires_grad]
             self.optimizers[part] = torch.optim.Adam(weights, betas=(0.9, 0.95), fused=True)
 
     @torch.no_grad()
     def act(self, obs: np.ndarray, state: tuple | None = None, explore=False, repeat=False):
-        """Frame uint8 [64, 64, 3], last (h, z) and action -> action, new (h, z) and action."""
+        """Frame uint8 [64, 64, 3], last state -> action for env, new state: ((h, z), action)."""
         model = self.world_model
         obs = torch.as_tensor(obs, device=self.config.device)[None]
         if state is None:  # (h, z) [1, F] and the action [1, A] before an episode
@@ -534,7 +534,7 @@ def update_world_model(agent: Agent, batch: dict[str, Tensor]) -> tuple[Tensor, 
 # The actor dreams H steps with the prior, from real states. v: critic. Losses: means over t, N.
 # - Eq. 3.1 `a_t ~ pi(. | h_t, z_t)`, `h_{t+1} = f(h_t, z_t, a_t)`, `z_{t+1} ~ p(. | h_{t+1})`
 # - Eq. 3.2 `R_t = r_{t+1} + gamma c_{t+1} ((1 - lam) v_{t+1} + lam R_{t+1})`, `R_H = v_H`
-# - Eq. 3.3 `w_t = c_0 (gamma c_1) ... (gamma c_t)`: discount, chance to be alive (c_0: at t = 0)
+# - Eq. 3.3 `w_t = c_0 (gamma c_1) ... (gamma c_t)`: discount, chance to be alive (c_0: of a start)
 # - Eq. 3.4 `scale = max(1, running mean of (95th - 5th percentile of R))`
 # - Eq. 3.5 `actor loss = -w_t (sg((R_t - v_t) / scale) ln pi(a_t | h_t, z_t) + eta entropy)`
 # - Eq. 3.6 `critic loss = -w_t (ln p(R_t | h_t, z_t) + ln p(slow critic's v_t | h_t, z_t))`
@@ -566,7 +566,7 @@ def update_behavior(agent: Agent, start: Tensor) -> dict[str, Tensor]:
     """Dream from states [N, F]; then one step of the actor, one of the critic."""
     config, model = agent.config, agent.world_model
 
-    # Dream: no gradient (for one, recipes/dynamics_gradient.py), so each sg below is a reminder.
+    # Dream: no gradient (recipes/dynamics_gradient.py has one): each sg in a loss is a reminder.
     with torch.no_grad():
         feat, action = imagine(model, agent.actor, start, config.horizon)  # [H+1, N, F], [H, N, A]
         reward, cont = model.predict(feat)  # each [H+1, N]
@@ -670,7 +670,7 @@ def train(config: Config, agent: Agent | None = None) -> Path:
 
 # %% 4.2 Log and curves
 class Log:
-    """The lines of metrics.jsonl, rewritten whole: to go on drops those after the checkpoint."""
+    """The lines of metrics.jsonl, rewritten whole: --resume drops those after the checkpoint."""
 
     def __init__(self, folder: Path):
         self.folder, self.lines = folder, []
@@ -800,7 +800,7 @@ def read_checkpoint(path: str | Path) -> dict:
         with zipfile.ZipFile(path) as file:
             if file.testzip():
                 raise ValueError("a checksum is wrong")
-        # mmap: --eval never reads the replay buffer. Who goes on must copy what was read.
+        # mmap: --eval loads no replay buffer. Going on copies: checkpoint.pt is replaced later.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
@@ -829,7 +829,7 @@ def load_agent(path: str | Path, device: str = "cpu") -> Agent:
 
 # %% The command line, or the last cell of a notebook
 def main(argv: list[str] | None = None) -> Path | None:
-    """The command line. An error ends it with one line, and exit code 1."""
+    """The command line. Its usual errors end it with one line, and exit code 1."""
     try:
         config = tyro.cli(Config, args=argv)
         if not config.eval:
