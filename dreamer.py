@@ -91,8 +91,8 @@ class Config:
     entropy: float = 1.2e-2  # eta, weight of the actor's entropy; falls as well
     critic_rate: float = 0.1  # how far the slow critic moves to the critic
     return_rate: float = 0.01  # rate of the running mean in Eq. 3.4; 0: scale 1
-    eval_every: int = 2_000  # steps between evaluations, each with a checkpoint
-    episodes: int = 5  # episodes of an evaluation
+    eval_every: int = 1_250  # steps between evaluations, each with a checkpoint
+    episodes: int = 3  # episodes of an evaluation
 
     def __post_init__(self):
         shares = ("unimix", "gamma", "lam", "critic_rate", "return_rate")
@@ -723,7 +723,7 @@ def play(agent: Agent, env: PixelEnv, seed: int, chance: float = 0.0) -> tuple[l
 
 
 @torch.no_grad()
-def evaluate(agent: Agent, episodes: int = 5, seed: int = 0) -> dict[str, float]:
+def evaluate(agent: Agent, episodes: int = 3, seed: int = 0) -> dict[str, float]:
     """Returns of unseen episodes, and Eq. 5.1 to 5.3 where they are defined."""
     unseen = iter(range(2_000_000 * seed + 1, 2**62, 2))  # seeds of training are even
     with PixelEnv(agent.config.env, agent.config.action_repeat) as env, torch.random.fork_rng():
