@@ -16,7 +16,7 @@ Time      row t : prev_action a_{t-1} | obs o_t | reward r_t | terminated, is_fi
           o_t, r_t and c_t = 1 - terminated_t are predicted from (h_t, z_t).
           The action in row t led to o_t. An episode's first row has action and reward 0.
 
-Gradient of           reaches    encoder, RSSM, decoder, heads    actor    critic
+Gradient of (2.2)     reaches    encoder, RSSM, decoder, heads    actor    critic
 world model loss                              yes                   -        -
 actor loss                                     -                   yes       -
 critic loss                                    -                    -       yes
@@ -92,7 +92,7 @@ class Config:
     critic_rate: float = 0.1  # how far the slow critic moves to the critic
     return_rate: float = 0.01  # rate of the running mean in Eq. 3.4; 0: scale 1
     eval_every: int = 1_250  # steps between evaluations, each with a checkpoint
-    episodes: int = 3  # episodes of an evaluation
+    episodes: int = 3  # episodes of an evaluation, which plays some more for rho
 
     def __post_init__(self):
         shares = ("unimix", "gamma", "lam", "critic_rate", "return_rate")
@@ -165,7 +165,7 @@ class NormSiLU(nn.LayerNorm):
 
 
 class Encoder(nn.Sequential):
-    """Frames uint8 [..., 64, 64, 3] -> embeddings [..., E]. Another can be given."""
+    """Frames uint8 [..., 64, 64, 3] -> embeddings [..., E]. Agent(encoder=...) takes another."""
 
     def __init__(self, depth: int):
         few, many = 2 * depth, 8 * depth
@@ -208,7 +208,7 @@ def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
 
 
 class RSSM(nn.Module):
-    """Recurrent state-space model (arXiv:1811.04551). One with the same methods can be given."""
+    """Recurrent state-space model (arXiv:1811.04551). Agent(rssm=...) takes another."""
 
     kl = staticmethod(kl_divergence)  # an RSSM with normal z, say, brings its own
 
@@ -233,7 +233,7 @@ class RSSM(nn.Module):
     def recur(self, feat: Tensor, prev_action: Tensor) -> Tensor:
         """Eq. 1.1, a GRU with layer norm: the next h [., D]."""
         h, z = feat[..., : self.hidden], feat[..., self.hidden :]
-        x = self.inputs(torch.cat([z, prev_action.clamp(-1, 1)], -1))  # normal draws can lie beyond
+        x = self.inputs(torch.cat([z, prev_action.clamp(-1, 1)], -1))  # a Box actor draws beyond
         reset, candidate, update = self.gates(torch.cat([x, h], -1)).chunk(3, -1)
         candidate = torch.tanh(torch.sigmoid(reset) * candidate)
         update = torch.sigmoid(update - 1)  # 1: new, 0: old; at first mostly old
@@ -405,7 +405,7 @@ class Agent(nn.Module):
             self.register_buffer("return_range", torch.zeros(2))  # of Eq. 3.4
             self.to(config.device)
 
-        self.anneal, self.optimizers = 1.0, {}  # anneal scales lr (set in 2.2) and eta, falls (4.1)
+        self.anneal, self.optimizers = 1.0, {}  # 4.1 lowers anneal, a factor of lr (2.2) and eta
         for part in ("world_model", "actor", "critic"):
             weights = [x for x in getattr(self, part).parameters() if x.requires_grad]
             self.optimizers[part] = torch.optim.Adam(weights, betas=(0.9, 0.95), fused=True)
@@ -531,10 +531,10 @@ def update_world_model(agent: Agent, batch: dict[str, Tensor]) -> tuple[Tensor, 
 
 # %% [markdown]
 # # Section 3: Behavior Learning
-# The actor dreams H steps with the prior, from real states. v: critic. Losses: means over t, N.
+# From real states the actor dreams H steps. r, c: heads. v: critic. Losses: means over t, N.
 # - Eq. 3.1 `a_t ~ pi(. | h_t, z_t)`, `h_{t+1} = f(h_t, z_t, a_t)`, `z_{t+1} ~ p(. | h_{t+1})`
 # - Eq. 3.2 `R_t = r_{t+1} + gamma c_{t+1} ((1 - lam) v_{t+1} + lam R_{t+1})`, `R_H = v_H`
-# - Eq. 3.3 `w_t = c_0 (gamma c_1) ... (gamma c_t)`: discount, chance to be alive (c_0: of a start)
+# - Eq. 3.3 `w_t = c_0 (gamma c_1) ... (gamma c_t)`: discounted chance to live (starts can be ends)
 # - Eq. 3.4 `scale = max(1, running mean of (95th - 5th percentile of R))`
 # - Eq. 3.5 `actor loss = -w_t (sg((R_t - v_t) / scale) ln pi(a_t | h_t, z_t) + eta entropy)`
 # - Eq. 3.6 `critic loss = -w_t (ln p(R_t | h_t, z_t) + ln p(slow critic's v_t | h_t, z_t))`
@@ -566,7 +566,7 @@ def update_behavior(agent: Agent, start: Tensor) -> dict[str, Tensor]:
     """Dream from states [N, F]; then one step of the actor, one of the critic."""
     config, model = agent.config, agent.world_model
 
-    # Dream: no gradient (recipes/dynamics_gradient.py has one): each sg in a loss is a reminder.
+    # Dream: no gradient (recipes/dynamics_gradient.py has one). So sg below is a reminder.
     with torch.no_grad():
         feat, action = imagine(model, agent.actor, start, config.horizon)  # [H+1, N, F], [H, N, A]
         reward, cont = model.predict(feat)  # each [H+1, N]
@@ -581,7 +581,7 @@ def update_behavior(agent: Agent, start: Tensor) -> dict[str, Tensor]:
     agent.return_range.lerp_(percentiles, config.return_rate)  # the running mean
     scale = (agent.return_range[1] - agent.return_range[0]).clamp(min=1.0)  # [] Eq. 3.4
 
-    # Actor
+    # Actor: REINFORCE with the baseline v_t
     policy = agent.actor(feat)
     entropy = policy.entropy()  # [H, N]
     advantage = sg((returns - value[:-1]) / scale)  # [H, N]
@@ -639,7 +639,7 @@ def train(config: Config, agent: Agent | None = None) -> Path:
             state, repeat, score, begin, metrics = None, False, 0.0, step, {}
 
             while not env.row["is_last"]:
-                # Act: draw; in 2 % of steps (prefill: 75 %) begin to repeat, 4 times on average.
+                # Act: draw, or repeat the last: begin with 2 % (prefill: 75 %), go on with 75 %.
                 chance = 0.75 if repeat or step < config.prefill else 0.02
                 repeat = state is not None and torch.rand(()) < chance
                 action, state = agent.act(env.row["obs"], state, explore=True, repeat=repeat)
@@ -670,7 +670,7 @@ def train(config: Config, agent: Agent | None = None) -> Path:
 
 # %% 4.2 Log and curves
 class Log:
-    """The lines of metrics.jsonl, rewritten whole: --resume drops those after the checkpoint."""
+    """metrics.jsonl, rewritten at each line: --resume goes on from the checkpoint's lines (6)."""
 
     def __init__(self, folder: Path):
         self.folder, self.lines = folder, []
@@ -743,16 +743,16 @@ def evaluate(agent: Agent, episodes: int = 3, seed: int = 0) -> dict[str, float]
 # %% 5.2 Dreamed against real
 def windows(rows: list[dict], states: list[Tensor], length: int) -> tuple[Tensor, Tensor, Tensor]:
     """Every fourth state of an episode of `play`, and the `length` actions and rewards after it."""
-    # Windows reach beyond the end: there the reward is 0 if terminated, else unknown (nan).
+    # Beyond the end the last action repeats; the reward is 0 if terminated, else unknown (nan).
     after = rows[-1] | {"reward": np.float32(0 if rows[-1]["terminated"] else np.nan)}
-    columns = stack_rows(rows[1:] + (length - 1) * [after])
+    columns = stack_rows(rows[1:] + (length - 1) * [after])  # one window for each state
     action = columns["prev_action"].unfold(0, length, 4).mT  # [N, A, length] -> [N, length, A]
     reward = columns["reward"].unfold(0, length, 4)  # [N, length]
     return torch.cat(states[::4]), action, reward
 
 
 def dream_metrics(agent: Agent, held_out: list[tuple[list, list]], H: int = 15) -> dict:
-    """Eq. 5.1 to 5.3, in dreams of H steps from the rows of held-out episodes."""
+    """Eq. 5.1 to 5.3, in dreams of H steps from every fourth row of held-out episodes."""
     model = agent.world_model
     parts = [windows(rows, states, H) for rows, states in held_out]
     start, action, real = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -800,7 +800,7 @@ def read_checkpoint(path: str | Path) -> dict:
         with zipfile.ZipFile(path) as file:
             if file.testzip():
                 raise ValueError("a checksum is wrong")
-        # mmap: --eval loads no replay buffer. Going on copies: checkpoint.pt is replaced later.
+        # mmap: --eval need not load the rows. --resume copies all: it replaces the file later.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
@@ -819,7 +819,7 @@ def load_checkpoint(agent: Agent, replay: ReplayBuffer, log: Log) -> tuple[int, 
 
 
 def load_agent(path: str | Path, device: str = "cpu") -> Agent:
-    """The agent in a run's folder or file, if its networks are those of this file."""
+    """The agent in a run's folder or checkpoint, if its networks are dreamer.py's own."""
     state = read_checkpoint(path)
     with explain(f"the agent of {path}"), PixelEnv(state["config"]["env"]) as env:
         agent = Agent(env.action_space, Config(**{**state["config"], "device": device}))
