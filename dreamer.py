@@ -208,7 +208,7 @@ def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
 
 
 class RSSM(nn.Module):
-    """Recurrent state-space model (arXiv:1811.04551). Agent(rssm=...) takes another."""
+    """Recurrent state-space model, arXiv:1811.04551. Agent(rssm=...) takes one with its methods."""
 
     kl = staticmethod(kl_divergence)  # an RSSM with normal z, say, brings its own
 
@@ -566,7 +566,7 @@ def update_behavior(agent: Agent, start: Tensor) -> dict[str, Tensor]:
     """Dream from states [N, F]; then one step of the actor, one of the critic."""
     config, model = agent.config, agent.world_model
 
-    # Dream: no gradient (recipes/dynamics_gradient.py has one). So sg below is a reminder.
+    # Dream: no gradient (recipes/dynamics_gradient.py has one). In these losses sg is a reminder.
     with torch.no_grad():
         feat, action = imagine(model, agent.actor, start, config.horizon)  # [H+1, N, F], [H, N, A]
         reward, cont = model.predict(feat)  # each [H+1, N]
@@ -649,7 +649,7 @@ def train(config: Config, agent: Agent | None = None) -> Path:
 
                 # Learn: the world model from real rows, then the behavior from dreams.
                 while updates < updates_due(config, step):
-                    agent.anneal = min(1, 3 - 3 * step / config.steps)  # falls at the end
+                    agent.anneal = min(1, 3 - 3 * step / config.steps)  # to 0 in the last third
                     batch = replay.sample(config.batch_size, config.batch_length)
                     feat, metrics = update_world_model(agent, batch)
                     if updates >= config.pretrain:
