@@ -16,10 +16,10 @@ Time      row t : prev_action a_{t-1} | obs o_t | reward r_t | terminated, is_fi
           o_t, r_t and c_t = 1 - terminated_t are predicted from (h_t, z_t).
           The action in row t led to o_t. An episode's first row has action and reward 0.
 
-Gradient of (2.2)     reaches    encoder, RSSM, decoder, heads    actor    critic
-world model loss                              yes                   -        -
-actor loss                                     -                   yes       -
-critic loss                                    -                    -       yes
+Gradient reaches ...             encoder, RSSM, decoder, heads    actor    critic
+of the world model loss                       yes                   -        -
+of the actor loss                              -                   yes       -
+of the critic loss                             -                    -       yes
 """
 
 # %% tags=["parameters"]
@@ -27,7 +27,6 @@ ARGUMENTS = "--resume"  # in a notebook, this takes the place of the command lin
 
 # %% [markdown]
 # # Section 1: Setup
-
 # %% 1.1 Hyperparameters and small tools
 import copy
 import json
@@ -50,7 +49,8 @@ from torch import distributions as td
 from tqdm import tqdm
 
 sg = Tensor.detach  # stop-gradient: to the loss, sg(x) is a constant
-td.Distribution.set_default_validate_args(False)  # its checks cost time
+td.Distribution.set_default_validate_args(False)  # checking every argument takes time
+torch.empty(7_000_000)  # after freeing 28 MB once, Linux reuses memory: updates are 10 % faster
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # environments draw without a screen,
 os.environ.setdefault("SDL_NO_SIGNAL_HANDLERS", "1")  # and leave Ctrl-C to Python
 
@@ -90,9 +90,9 @@ class Config:
     lam: float = 0.95  # lambda of the lambda-return
     entropy: float = 1.2e-2  # eta, weight of the actor's entropy; falls as well
     critic_rate: float = 0.1  # how far the slow critic moves to the critic
-    return_rate: float = 0.01  # rate of the running mean in Eq. 3.4; 0: scale 1
+    return_rate: float = 0.01  # rate of the running mean in Eq. 3.4; with 0 the scale is 1
     eval_every: int = 1_250  # steps between evaluations, each with a checkpoint
-    episodes: int = 3  # episodes of an evaluation, which plays some more for rho
+    episodes: int = 3  # episodes for eval/return; more are played for eval/reward_rho
 
     def __post_init__(self):
         shares = ("unimix", "gamma", "lam", "critic_rate", "return_rate")
@@ -139,7 +139,7 @@ def twohot_decode(logits: Tensor, bins: Tensor) -> Tensor:
 def init_weights(module: nn.Module) -> None:
     """Three times PyTorch's variance: 1 / inputs for Linear and Conv2d; zero biases."""
     if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
-        std = 1.1368 / module.weight[0].numel() ** 0.5  # cut at 2 std, it is 1.1368 times smaller
+        std = 1.1368 / module.weight[0].numel() ** 0.5  # cutting at 2 std divides it by 1.1368
         nn.init.trunc_normal_(module.weight, 0.0, std, -2 * std, 2 * std)
         nn.init.zeros_(module.bias)
 
@@ -233,7 +233,7 @@ class RSSM(nn.Module):
     def recur(self, feat: Tensor, prev_action: Tensor) -> Tensor:
         """Eq. 1.1, a GRU with layer norm: the next h [., D]."""
         h, z = feat[..., : self.hidden], feat[..., self.hidden :]
-        x = self.inputs(torch.cat([z, prev_action.clamp(-1, 1)], -1))  # a Box actor draws beyond
+        x = self.inputs(torch.cat([z, prev_action.clamp(-1, 1)], -1))  # Box actions may lie outside
         reset, candidate, update = self.gates(torch.cat([x, h], -1)).chunk(3, -1)
         candidate = torch.tanh(torch.sigmoid(reset) * candidate)
         update = torch.sigmoid(update - 1)  # 1: new, 0: old; at first mostly old
@@ -302,7 +302,7 @@ class TwoHotHead(nn.Module):
         return twohot_decode(self.net(feat), self.bins)
 
     def loss(self, feat: Tensor, *targets: Tensor) -> Tensor:
-        """Cross-entropy [...] with a target [...]. Eq. 3.6 gives two targets: the sum of both."""
+        """Cross-entropy [...] with a target [...]; with two targets (Eq. 3.6) the sum of both."""
         weights = sum(twohot_encode(target, self.bins) for target in targets)
         return -(weights * torch.log_softmax(self.net(feat), -1)).sum(-1)
 
@@ -317,7 +317,7 @@ class Actor(nn.Module):
     def __init__(self, feat_size: int, action_space: gym.Space, units: int):
         super().__init__()
         self.discrete = isinstance(action_space, Discrete)
-        outputs = flatdim(action_space) * (1 if self.discrete else 2)
+        outputs = flatdim(action_space) * (1 if self.discrete else 2)  # flatdim: A
         self.net = mlp(feat_size, units, 2, outputs, outscale=0.01)
 
     def forward(self, feat: Tensor) -> td.Distribution:
@@ -351,14 +351,14 @@ class PixelEnv(gym.Wrapper):
             if env.spec.max_episode_steps is None:  # evaluations have to end
                 env = gym.wrappers.TimeLimit(env, 1_000)
             self.discrete = isinstance(env.action_space, Discrete)
-            if not self.discrete:  # only a bounded Box is accepted
+            if not self.discrete:  # RescaleAction refuses all but a bounded Box
                 env = gym.wrappers.RescaleAction(env, -1, 1)
             super().__init__(env)
         self.observation_space = Box(0, 255, (64, 64, 3), np.uint8)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         self.where = f"{self.env_id}, episode with seed {seed}"
-        # Not the seed itself: random actions (5.1) would repeat the environment's random numbers.
+        # Another seed than the environment's: with the same both would draw the same numbers.
         self.action_space.seed(None if seed is None else seed + 2**40)
 
         with explain(self.where):
@@ -380,17 +380,23 @@ class PixelEnv(gym.Wrapper):
         return self.row["obs"], total, bool(terminated), bool(truncated), info
 
     def remember(self, action, reward=0.0, terminated=False, truncated=False, is_first=False):
-        terminated, truncated = (np.asarray(x, float).item() for x in (terminated, truncated))
-        if not np.isfinite([reward, terminated, truncated]).all():
+        flags = [np.asarray(x, float).item() for x in (terminated, truncated)]  # nan for None
+        if not np.isfinite([reward, *flags]).all():
             raise ValueError(f"step() gave {reward=}, {terminated=}, {truncated=}")
-        self.row = {"obs": small_frame(self.env.render()), "prev_action": np.float32(action)}
-        self.row |= {"reward": np.float32(reward), "terminated": bool(terminated)}
-        self.row |= {"is_first": is_first, "is_last": bool(terminated or truncated)}
+
+        self.row = {
+            "obs": small_frame(self.env.render()),
+            "prev_action": np.float32(action),
+            "reward": np.float32(reward),
+            "terminated": bool(terminated),
+            "is_first": is_first,
+            "is_last": bool(terminated or truncated),
+        }
 
 
 # %% 1.6 The models: initialised, or given
 class Agent(nn.Module):
-    """World model (2.1), actor, critic. Encoder and RSSM: new, or recipes/earlier_lessons.py's."""
+    """World model, actor, critic. Encoder and RSSM may be given (recipes/earlier_lessons.py)."""
 
     def __init__(self, action_space: gym.Space, config: Config, encoder=None, rssm=None):
         super().__init__()
@@ -405,14 +411,16 @@ class Agent(nn.Module):
             self.register_buffer("return_range", torch.zeros(2))  # of Eq. 3.4
             self.to(config.device)
 
-        self.anneal, self.optimizers = 1.0, {}  # 4.1 lowers anneal, a factor of lr (2.2) and eta
+        self.anneal = 1.0  # a factor of the learning rates (2.2) and of eta (3.3); 4.1 lowers it
+        self.optimizers = {}
         for part in ("world_model", "actor", "critic"):
             weights = [x for x in getattr(self, part).parameters() if x.requires_grad]
             self.optimizers[part] = torch.optim.Adam(weights, betas=(0.9, 0.95), fused=True)
 
     @torch.no_grad()
     def act(self, obs: np.ndarray, state: tuple | None = None, explore=False, repeat=False):
-        """Frame uint8 [64, 64, 3], last state -> action for env, new state: ((h, z), action)."""
+        """Frame uint8 [64, 64, 3], last state -> action for env, new state: ((h, z), action).
+        The action is the most likely one, or drawn (explore), or the last one again (repeat)."""
         model = self.world_model
         obs = torch.as_tensor(obs, device=self.config.device)[None]
         if state is None:  # (h, z) [1, F] and the action [1, A] before an episode
@@ -428,8 +436,7 @@ class Agent(nn.Module):
 # %% 1.7 Replay buffer
 def stack_rows(rows: list[dict]) -> dict[str, Tensor]:
     """L rows of the time diagram -> columns [L, ...]."""
-    columns = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-    return {name: torch.from_numpy(column) for name, column in columns.items()}
+    return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
 
 
 class ReplayBuffer:
@@ -445,8 +452,7 @@ class ReplayBuffer:
     def sample(self, batch_size: int, length: int) -> dict[str, Tensor]:
         """Sequences [B, T, ...] that start at the later of two random rows: new ones count more."""
         starts = torch.randint(len(self.rows) - length + 1, (2, batch_size)).amax(0)
-        rows = [self.rows[start + t] for start in starts.tolist() for t in range(length)]
-        columns = stack_rows(rows)
+        columns = stack_rows([self.rows[i + t] for i in starts.tolist() for t in range(length)])
         return {name: x.unflatten(0, (-1, length)).to(self.device) for name, x in columns.items()}
 
 
@@ -458,8 +464,6 @@ class ReplayBuffer:
 # - Eq. 2.3 `cont = -ln p(c_t | h_t, z_t)`, with `c_t = 1 - terminated_t`, not truncated
 # - Eq. 2.4 `dyn = max(free, KL(sg(q) || p))`: the prior learns to predict the posterior
 # - Eq. 2.5 `rep = max(free, KL(q || sg(p)))`: the posterior becomes easier to predict
-
-
 # %% 2.1 World model loss
 class WorldModel(nn.Module):
     """Encoder, RSSM, decoder and heads: the parts that learn from real rows."""
@@ -482,26 +486,23 @@ class WorldModel(nn.Module):
         """Rows [B, T, ...] -> loss [], states (h, z) [B, T, F], metrics."""
         embed = self.encoder(batch["obs"])  # [B, T, E]
         feat, post, prior = self.rssm.observe(embed, batch["prev_action"], batch["is_first"])
-
         frame = self.decoder(feat)  # [B, T, 64, 64, 3]
         error = nn.functional.mse_loss(frame, batch["obs"] / 255, reduction="none")
-        cont = 1 - batch["terminated"].float()  # [B, T]
-        logit = self.cont_head(feat).squeeze(-1)  # [B, T]
-        dyn = self.rssm.kl(sg(post), prior)  # [B, T]
-        rep = self.rssm.kl(post, sg(prior))  # [B, T]
+        goes_on = td.Bernoulli(logits=self.cont_head(feat).squeeze(-1))
 
-        losses = {  # each [B, T]
-            "recon": error.sum((-3, -2, -1)),  # Eq. 2.1
-            "reward": self.reward_head.loss(feat, batch["reward"]),  # Eq. 2.2
-            "cont": -td.Bernoulli(logits=logit).log_prob(cont),  # Eq. 2.3
-            "dyn": dyn.clamp(min=self.config.free_nats),  # Eq. 2.4
-            "rep": rep.clamp(min=self.config.free_nats),  # Eq. 2.5
-        }
-        assert all(loss.shape == cont.shape for loss in losses.values())
-        scales = {"dyn": self.config.scale_dyn, "rep": self.config.scale_rep}  # others: 1
-        total = sum(scales.get(name, 1) * loss for name, loss in losses.items()).mean()  # Eq. 2.6
-        losses["kl"] = dyn  # logged, not learned from: the KL before free_nats
-        return total, feat, {f"wm/{name}": sg(x).mean() for name, x in losses.items()}
+        # Each of these is [B, T].
+        recon = error.sum((-3, -2, -1))  # Eq. 2.1
+        reward = self.reward_head.loss(feat, batch["reward"])  # Eq. 2.2
+        cont = -goes_on.log_prob(1 - batch["terminated"].float())  # Eq. 2.3
+        kl = self.rssm.kl(sg(post), prior)
+        dyn = kl.clamp(min=self.config.free_nats)  # Eq. 2.4
+        rep = self.rssm.kl(post, sg(prior)).clamp(min=self.config.free_nats)  # Eq. 2.5
+        assert recon.shape == reward.shape == cont.shape == kl.shape
+
+        scale_dyn, scale_rep = self.config.scale_dyn, self.config.scale_rep
+        loss = (recon + reward + cont + scale_dyn * dyn + scale_rep * rep).mean()  # Eq. 2.6
+        metrics = {"recon": recon, "reward": reward, "cont": cont, "dyn": dyn, "rep": rep, "kl": kl}
+        return loss, feat, {f"wm/{name}": sg(x).mean() for name, x in metrics.items()}
 
 
 # %% 2.2 World model update step
@@ -511,6 +512,7 @@ def gradient_step(agent: Agent, part: str, loss: Tensor) -> Tensor:
     weights = optimizer.param_groups[0]["params"]
     lr = agent.config.lr if part == "world_model" else agent.config.behavior_lr
     optimizer.param_groups[0]["lr"] = agent.anneal * lr
+
     optimizer.zero_grad()
     loss.backward(inputs=weights)  # no gradient for any other part
     with explain(f"the loss of the {part} is {loss:.3g}"):
@@ -531,15 +533,13 @@ def update_world_model(agent: Agent, batch: dict[str, Tensor]) -> tuple[Tensor, 
 
 # %% [markdown]
 # # Section 3: Behavior Learning
-# From real states the actor dreams H steps. r, c: heads. v: critic. Losses: means over t, N.
+# The actor dreams H steps from real states. Heads give r, c, the critic v. Losses: mean over t, N.
 # - Eq. 3.1 `a_t ~ pi(. | h_t, z_t)`, `h_{t+1} = f(h_t, z_t, a_t)`, `z_{t+1} ~ p(. | h_{t+1})`
 # - Eq. 3.2 `R_t = r_{t+1} + gamma c_{t+1} ((1 - lam) v_{t+1} + lam R_{t+1})`, `R_H = v_H`
-# - Eq. 3.3 `w_t = c_0 (gamma c_1) ... (gamma c_t)`: discounted chance to live (starts can be ends)
+# - Eq. 3.3 `w_t = c_0 (gamma c_1) ... (gamma c_t)`: discounted chance to be alive
 # - Eq. 3.4 `scale = max(1, running mean of (95th - 5th percentile of R))`
 # - Eq. 3.5 `actor loss = -w_t (sg((R_t - v_t) / scale) ln pi(a_t | h_t, z_t) + eta entropy)`
 # - Eq. 3.6 `critic loss = -w_t (ln p(R_t | h_t, z_t) + ln p(slow critic's v_t | h_t, z_t))`
-
-
 # %% 3.1 Imagination
 def imagine(model: WorldModel, actor: Actor, feat: Tensor, horizon: int) -> tuple[Tensor, Tensor]:
     """Eq. 3.1: start states [N, F] -> states [H+1, N, F], actions [H, N, A].
@@ -566,7 +566,7 @@ def update_behavior(agent: Agent, start: Tensor) -> dict[str, Tensor]:
     """Dream from states [N, F]; then one step of the actor, one of the critic."""
     config, model = agent.config, agent.world_model
 
-    # Dream: no gradient (recipes/dynamics_gradient.py has one). In these losses sg is a reminder.
+    # Dream, without gradients. So sg changes nothing below: it marks constants of the equations.
     with torch.no_grad():
         feat, action = imagine(model, agent.actor, start, config.horizon)  # [H+1, N, F], [H, N, A]
         reward, cont = model.predict(feat)  # each [H+1, N]
@@ -575,24 +575,28 @@ def update_behavior(agent: Agent, start: Tensor) -> dict[str, Tensor]:
 
     # Returns
     returns = lambda_return(reward, value, cont, config.gamma, config.lam)  # [H, N]
-    alive = torch.cat([cont[:1], config.gamma * cont[1:-1]])  # [H, N]
-    weight = sg(alive.cumprod(0))  # [H, N] Eq. 3.3
+    factors = torch.cat(
+        [cont[:1], config.gamma * cont[1:-1]]
+    )  # [H, N] (a start can be an episode's end)
+    weight = sg(factors.cumprod(0))  # [H, N] Eq. 3.3
     percentiles = torch.quantile(returns, returns.new_tensor([0.05, 0.95]))  # [2]
-    agent.return_range.lerp_(percentiles, config.return_rate)  # the running mean
-    scale = (agent.return_range[1] - agent.return_range[0]).clamp(min=1.0)  # [] Eq. 3.4
+    low, high = agent.return_range.lerp_(percentiles, config.return_rate)  # the running mean
+    scale = (high - low).clamp(min=1.0)  # [] Eq. 3.4
 
     # Actor: REINFORCE with the baseline v_t
     policy = agent.actor(feat)
     entropy = policy.entropy()  # [H, N]
     advantage = sg((returns - value[:-1]) / scale)  # [H, N]
-    objective = advantage * policy.log_prob(sg(action)) + agent.anneal * config.entropy * entropy
+    eta = agent.anneal * config.entropy
+    objective = advantage * policy.log_prob(sg(action)) + eta * entropy  # [H, N]
     actor_loss = -(weight * objective).mean()  # [] Eq. 3.5
 
     # Critic
     slow_value = agent.slow_critic(feat)  # [H, N]
-    error = agent.critic.loss(feat, sg(returns), sg(slow_value))  # [H, N]
-    critic_loss = (weight * error).mean()  # [] Eq. 3.6
-    assert objective.shape == error.shape == weight.shape
+    cross_entropy = agent.critic.loss(feat, sg(returns), sg(slow_value))  # [H, N]
+    critic_loss = (weight * cross_entropy).mean()  # [] Eq. 3.6
+    assert objective.shape == cross_entropy.shape == weight.shape
+
     gradient_step(agent, "actor", actor_loss)
     gradient_step(agent, "critic", critic_loss)
     for slow, fast in zip(agent.slow_critic.parameters(), agent.critic.parameters(), strict=True):
@@ -605,9 +609,6 @@ def update_behavior(agent: Agent, start: Tensor) -> dict[str, Tensor]:
 
 # %% [markdown]
 # # Section 4: Training Loop
-# Acting and updates alternate. To explore, actions are drawn, and sometimes repeated for a while.
-
-
 # %% 4.1 The training loop
 def updates_due(config: Config, step: int) -> int:
     """Updates due by this step: by default 500 at 1,500, then 7 every 16 steps."""
@@ -636,10 +637,12 @@ def train(config: Config, agent: Agent | None = None) -> Path:
         while step < config.steps:
             env.reset(seed=2 * (1_000_000 * config.seed + episode))  # even; evaluations: odd
             replay.add(env.row)
-            state, repeat, score, begin, metrics = None, False, 0.0, step, {}
+            state, repeat = None, False
+            score, begin, metrics = 0.0, step, {}
 
             while not env.row["is_last"]:
-                # Act: draw, or repeat the last: begin with 2 % (prefill: 75 %), go on with 75 %.
+                # Act: draw an action, or repeat the last one. A repeat begins with 2 % (in the
+                # prefill with 75 %), and goes on with 75 %.
                 chance = 0.75 if repeat or step < config.prefill else 0.02
                 repeat = state is not None and torch.rand(()) < chance
                 action, state = agent.act(env.row["obs"], state, explore=True, repeat=repeat)
@@ -657,11 +660,12 @@ def train(config: Config, agent: Agent | None = None) -> Path:
                     updates += 1
                     bar.update()
 
-            # Log, evaluate, save. No episode runs, so env has no state to save.
+            # Log, evaluate, save: between two episodes, when env has no state to keep.
             episode += 1
             log.write({"env/step": step, "wm/updates": updates, "env/return": score} | metrics)
             bar.set_postfix(step=step, episode_return=score)
-            if step >= config.steps or step // config.eval_every > begin // config.eval_every:
+            due = step // config.eval_every > begin // config.eval_every  # a multiple was passed
+            if due or step >= config.steps:
                 log.write({"env/step": step} | evaluate(agent, config.episodes, config.seed))
                 log.draw()
                 save_checkpoint(agent, replay, log, step, episode, updates)
@@ -670,7 +674,7 @@ def train(config: Config, agent: Agent | None = None) -> Path:
 
 # %% 4.2 Log and curves
 class Log:
-    """metrics.jsonl, rewritten at each line: --resume goes on from the checkpoint's lines (6)."""
+    """The lines of metrics.jsonl. Each rewrites it: --resume drops what followed the checkpoint."""
 
     def __init__(self, folder: Path):
         self.folder, self.lines = folder, []
@@ -701,12 +705,10 @@ class Log:
 # - Eq. 5.1 Pearson correlation `reward_rho = corr(c'_1 ... c'_{k-1} r'_k, r_k)`
 # - Eq. 5.2 `latent_entropy` (trajectory entropy): the prior's entropy along the actor's dreams
 # - Eq. 5.3 `policy_entropy`: of the actor in the same dreams
-
-
 # %% 5.1 Evaluation on unseen seeds
 def play(agent: Agent, env: PixelEnv, seed: int, chance: float = 0.0) -> tuple[list, list]:
     """The rows of an episode, and the states [1, F] in which its actions were chosen.
-    With probability `chance` 15 random actions begin, so that a good agent falls, too."""
+    At each step, with probability `chance`, 15 random actions begin: good agents fall, too."""
     env.reset(seed=seed)
     rows, states, state, burst = [env.row], [], None, 0
     while not env.row["is_last"]:
@@ -725,7 +727,7 @@ def play(agent: Agent, env: PixelEnv, seed: int, chance: float = 0.0) -> tuple[l
 @torch.no_grad()
 def evaluate(agent: Agent, episodes: int = 3, seed: int = 0) -> dict[str, float]:
     """Returns of unseen episodes, and Eq. 5.1 to 5.3 where they are defined."""
-    unseen = iter(range(2_000_000 * seed + 1, 2**62, 2))  # seeds of training are even
+    unseen = iter(range(2_000_000 * seed + 1, 2_000_000 * (seed + 1), 2))  # training: even seeds
     with PixelEnv(agent.config.env, agent.config.action_repeat) as env, torch.random.fork_rng():
         torch.manual_seed(seed)
         returns, held_out = [], []
@@ -743,9 +745,9 @@ def evaluate(agent: Agent, episodes: int = 3, seed: int = 0) -> dict[str, float]
 # %% 5.2 Dreamed against real
 def windows(rows: list[dict], states: list[Tensor], length: int) -> tuple[Tensor, Tensor, Tensor]:
     """Every fourth state of an episode of `play`, and the `length` actions and rewards after it."""
-    # Beyond the end the last action repeats; the reward is 0 if terminated, else unknown (nan).
+    # Beyond the end the last action repeats. The reward is 0 if terminated, else unknown (nan).
     after = rows[-1] | {"reward": np.float32(0 if rows[-1]["terminated"] else np.nan)}
-    columns = stack_rows(rows[1:] + (length - 1) * [after])  # one window for each state
+    columns = stack_rows(rows[1:] + (length - 1) * [after])  # the last window is full, too
     action = columns["prev_action"].unfold(0, length, 4).mT  # [N, A, length] -> [N, length, A]
     reward = columns["reward"].unfold(0, length, 4)  # [N, length]
     return torch.cat(states[::4]), action, reward
@@ -782,12 +784,12 @@ def reward_rho(dreamed: Tensor, real: Tensor) -> float:
 
 
 # %% 6 Save Checkpoint
-@explain("the checkpoint cannot be written")
+@explain("the checkpoint cannot be written")  # around the whole function
 def save_checkpoint(agent: Agent, replay: ReplayBuffer, log: Log, *progress: int) -> None:
-    """Write a run (without a GPU's random state), whole or not at all."""
+    """Save a run, but not a GPU's random state. A kill leaves the old file or the new one."""
     state = {"config": asdict(agent.config), "agent": agent.state_dict(), "progress": progress}
     state["optimizers"] = {part: x.state_dict() for part, x in agent.optimizers.items()}
-    state |= {"lines": log.lines, "random": torch.get_rng_state(), "rows": stack_rows(replay.rows)}
+    state |= {"rows": stack_rows(replay.rows), "lines": log.lines, "random": torch.get_rng_state()}
     (log.folder / "config.json").write_text(json.dumps(state["config"], indent=2))
     torch.save(state, log.folder / "new.pt")
     (log.folder / "new.pt").replace(log.folder / "checkpoint.pt")
@@ -819,10 +821,10 @@ def load_checkpoint(agent: Agent, replay: ReplayBuffer, log: Log) -> tuple[int, 
 
 
 def load_agent(path: str | Path, device: str = "cpu") -> Agent:
-    """The agent in a run's folder or checkpoint, if its networks are dreamer.py's own."""
+    """The agent in a run's folder or checkpoint, if its encoder and RSSM are dreamer.py's."""
     state = read_checkpoint(path)
     with explain(f"the agent of {path}"), PixelEnv(state["config"]["env"]) as env:
-        agent = Agent(env.action_space, Config(**{**state["config"], "device": device}))
+        agent = Agent(env.action_space, Config(**state["config"] | {"device": device}))
         agent.load_state_dict(state["agent"])
         return agent
 
@@ -841,10 +843,10 @@ def main(argv: list[str] | None = None) -> Path | None:
 
 
 if __name__ == "__main__":
-    # As a script or with %run, argv[0] is this file. In a notebook's cell it is the kernel.
-    if Path(sys.argv[0]).name == Path(globals().get("__file__", "-")).name:
+    this_file = globals().get("__file__", "a cell")  # a notebook's cells have no file
+    if Path(sys.argv[0]).name == Path(this_file).name:  # a script, or %run in a notebook
         main()
-    elif "ipykernel" in sys.modules:
+    elif "ipykernel" in sys.modules:  # all cells were run; argv[0] is the kernel's file
         from recipes.notebook import show
 
         show(main(ARGUMENTS.split()))

@@ -382,10 +382,10 @@ def test_a_frame_may_be_gray_or_color_of_integers_flags_or_floats_up_to_one(kind
 FAULTS = {
     "an error": (dict(error=RuntimeError("a wheel\n  came off")), "a wheel came off"),
     "a reward of nan": (dict(step=lambda r, *e: (np.nan, *e)), "step() gave reward=nan, terminat"),
-    "no reward": (dict(step=lambda r, *e: (None, *e)), "step() gave reward=nan, terminated=0.0"),
+    "no reward": (dict(step=lambda r, *e: (None, *e)), "step() gave reward=nan, terminated=False"),
     "two rewards": (dict(step=lambda r, *e: (np.ones(2), *e)), "size 1"),
-    "no end": (dict(step=lambda r, *e: (r, None, 0)), "reward=1.0, terminated=nan, truncated=0.0"),
-    "no cut": (dict(step=lambda r, *e: (r, 0, None)), "reward=1.0, terminated=0.0, truncated=nan"),
+    "no end": (dict(step=lambda r, *e: (r, None, 0)), "reward=1.0, terminated=None, truncated=0"),
+    "no cut": (dict(step=lambda r, *e: (r, 0, None)), "reward=1.0, terminated=0, truncated=None"),
     "an end in words": (dict(step=lambda r, *e: (r, "no", False)), "float: 'no'"),
     "a cut in words": (dict(step=lambda r, *e: (r, False, "no")), "float: 'no'"),
     "two ends": (dict(step=lambda r, *e: (r, np.zeros(2, bool), False)), "more than one element"),

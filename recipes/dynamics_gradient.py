@@ -44,8 +44,8 @@ def update_behavior(agent: Agent, start: Tensor) -> dict[str, Tensor]:
     value = agent.critic(feat)  # [H+1, N]
     feat = sg(feat[:-1])  # [H, N, F]
     returns = lambda_return(reward, value, cont, config.gamma, config.lam)  # [H, N]
-    alive = torch.cat([cont[:1], config.gamma * cont[1:-1]])  # [H, N]
-    weight = sg(alive.cumprod(0))  # [H, N]
+    factors = torch.cat([cont[:1], config.gamma * cont[1:-1]])  # [H, N]
+    weight = sg(factors.cumprod(0))  # [H, N]
     percentiles = sg(returns).quantile(returns.new_tensor([0.05, 0.95]))  # [2]
     low, high = agent.return_range.lerp_(percentiles, config.return_rate)
     scale = (high - low).clamp(min=1.0)  # []
