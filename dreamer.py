@@ -575,9 +575,7 @@ def update_behavior(agent: Agent, start: Tensor) -> dict[str, Tensor]:
 
     # Returns
     returns = lambda_return(reward, value, cont, config.gamma, config.lam)  # [H, N]
-    factors = torch.cat(
-        [cont[:1], config.gamma * cont[1:-1]]
-    )  # [H, N] (a start can be an episode's end)
+    factors = torch.cat([cont[:1], config.gamma * cont[1:-1]])  # [H, N]; a start can be an end
     weight = sg(factors.cumprod(0))  # [H, N] Eq. 3.3
     percentiles = torch.quantile(returns, returns.new_tensor([0.05, 0.95]))  # [2]
     low, high = agent.return_range.lerp_(percentiles, config.return_rate)  # the running mean
