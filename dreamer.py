@@ -50,7 +50,7 @@ from tqdm import tqdm
 
 sg = Tensor.detach  # stop-gradient: to the loss, sg(x) is a constant
 td.Distribution.set_default_validate_args(False)  # checking every argument takes time
-torch.empty(7_000_000)  # after freeing 28 MB once, Linux reuses memory: updates are 10 % faster
+torch.empty(7_000_000)  # freed at once: glibc's malloc then keeps memory for reuse, 10 % faster
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # environments draw without a screen,
 os.environ.setdefault("SDL_NO_SIGNAL_HANDLERS", "1")  # and leave Ctrl-C to Python
 
@@ -97,7 +97,8 @@ class Config:
     def __post_init__(self):
         shares = ("unimix", "gamma", "lam", "critic_rate", "return_rate")
         for name, value in asdict(self).items():
-            lowest = 1 if type(value) is int and name not in ("seed", "pretrain") else 0
+            is_count = type(value) is int and name not in ("seed", "pretrain")  # a bool is none
+            lowest = 1 if is_count else 0
             highest = 1 if name in shares else 10**9
             if not isinstance(value, str) and not lowest <= value <= highest:
                 raise ValueError(f"{name} must lie between {lowest} and {highest}, not {value}")
@@ -139,7 +140,7 @@ def twohot_decode(logits: Tensor, bins: Tensor) -> Tensor:
 def init_weights(module: nn.Module) -> None:
     """Three times PyTorch's variance: 1 / inputs for Linear and Conv2d; zero biases."""
     if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
-        std = 1.1368 / module.weight[0].numel() ** 0.5  # cutting at 2 std divides it by 1.1368
+        std = 1.1368 / module.weight[0].numel() ** 0.5  # a cut at 2 std lowers it by 1.1368
         nn.init.trunc_normal_(module.weight, 0.0, std, -2 * std, 2 * std)
         nn.init.zeros_(module.bias)
 
@@ -185,15 +186,10 @@ class Decoder(nn.Sequential):
 
     def __init__(self, feat_size: int, depth: int):
         few, many = 2 * depth, 8 * depth
-        super().__init__(
-            nn.Linear(feat_size, many * 4 * 4),
-            nn.Unflatten(1, (many, 4, 4)),
-            NormSiLU(many),
-            nn.ConvTranspose2d(many, few, 4, stride=4),  # [., few, 16, 16]
-            NormSiLU(few),
-            nn.ConvTranspose2d(few, 3, 4, stride=4),  # [., 3, 64, 64]
-            nn.Sigmoid(),
-        )
+        to_4x4 = [nn.Linear(feat_size, many * 4 * 4), nn.Unflatten(1, (many, 4, 4))]
+        to_16x16 = nn.ConvTranspose2d(many, few, 4, stride=4)
+        to_64x64 = nn.ConvTranspose2d(few, 3, 4, stride=4)
+        super().__init__(*to_4x4, NormSiLU(many), to_16x16, NormSiLU(few), to_64x64, nn.Sigmoid())
         self.apply(init_weights)
 
     def forward(self, feat: Tensor) -> Tensor:
@@ -231,7 +227,7 @@ class RSSM(nn.Module):
         return self.gates[0].weight.new_zeros(batch, self.feat_size)
 
     def recur(self, feat: Tensor, prev_action: Tensor) -> Tensor:
-        """Eq. 1.1, a GRU with layer norm: the next h [., D]."""
+        """Eq. 1.1, the next h [., D]: a GRU with layer norm. Its reset gate scales z and a, too."""
         h, z = feat[..., : self.hidden], feat[..., self.hidden :]
         x = self.inputs(torch.cat([z, prev_action.clamp(-1, 1)], -1))  # Box actions may lie outside
         reset, candidate, update = self.gates(torch.cat([x, h], -1)).chunk(3, -1)
@@ -295,7 +291,7 @@ class TwoHotHead(nn.Module):
     def __init__(self, feat_size: int, units: int, layers: int):
         super().__init__()
         self.net = mlp(feat_size, units, layers, 255, outscale=0.0)
-        half = symexp(torch.linspace(-20, 0, 128))  # from -4.85e8 to 0
+        half = symexp(torch.linspace(-20, 0, 128))  # from -4.85e8 to 0; then mirrored
         self.register_buffer("bins", torch.cat([half, -half[:-1].flip(0)]), persistent=False)
 
     def forward(self, feat: Tensor) -> Tensor:
@@ -436,7 +432,8 @@ class Agent(nn.Module):
 # %% 1.7 Replay buffer
 def stack_rows(rows: list[dict]) -> dict[str, Tensor]:
     """L rows of the time diagram -> columns [L, ...]."""
-    return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
+    columns = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    return {name: torch.from_numpy(column) for name, column in columns.items()}
 
 
 class ReplayBuffer:
@@ -452,7 +449,8 @@ class ReplayBuffer:
     def sample(self, batch_size: int, length: int) -> dict[str, Tensor]:
         """Sequences [B, T, ...] that start at the later of two random rows: new ones count more."""
         starts = torch.randint(len(self.rows) - length + 1, (2, batch_size)).amax(0)
-        columns = stack_rows([self.rows[i + t] for i in starts.tolist() for t in range(length)])
+        rows = [self.rows[start + t] for start in starts.tolist() for t in range(length)]
+        columns = stack_rows(rows)  # [B * T, ...]
         return {name: x.unflatten(0, (-1, length)).to(self.device) for name, x in columns.items()}
 
 
@@ -533,13 +531,13 @@ def update_world_model(agent: Agent, batch: dict[str, Tensor]) -> tuple[Tensor, 
 
 # %% [markdown]
 # # Section 3: Behavior Learning
-# The actor dreams H steps from real states. Heads give r, c, the critic v. Losses: mean over t, N.
+# The actor dreams H steps from N real states. The heads predict r and c, the critic predicts v.
 # - Eq. 3.1 `a_t ~ pi(. | h_t, z_t)`, `h_{t+1} = f(h_t, z_t, a_t)`, `z_{t+1} ~ p(. | h_{t+1})`
 # - Eq. 3.2 `R_t = r_{t+1} + gamma c_{t+1} ((1 - lam) v_{t+1} + lam R_{t+1})`, `R_H = v_H`
 # - Eq. 3.3 `w_t = c_0 (gamma c_1) ... (gamma c_t)`: discounted chance to be alive
 # - Eq. 3.4 `scale = max(1, running mean of (95th - 5th percentile of R))`
-# - Eq. 3.5 `actor loss = -w_t (sg((R_t - v_t) / scale) ln pi(a_t | h_t, z_t) + eta entropy)`
-# - Eq. 3.6 `critic loss = -w_t (ln p(R_t | h_t, z_t) + ln p(slow critic's v_t | h_t, z_t))`
+# - Eq. 3.5 `actor loss = -mean w_t (sg((R_t - v_t) / scale) ln pi(a_t | h_t, z_t) + eta entropy)`
+# - Eq. 3.6 `critic loss = -mean w_t (ln p(R_t | h_t, z_t) + ln p(slow critic's v_t | h_t, z_t))`
 # %% 3.1 Imagination
 def imagine(model: WorldModel, actor: Actor, feat: Tensor, horizon: int) -> tuple[Tensor, Tensor]:
     """Eq. 3.1: start states [N, F] -> states [H+1, N, F], actions [H, N, A].
@@ -566,7 +564,7 @@ def update_behavior(agent: Agent, start: Tensor) -> dict[str, Tensor]:
     """Dream from states [N, F]; then one step of the actor, one of the critic."""
     config, model = agent.config, agent.world_model
 
-    # Dream, without gradients. So sg changes nothing below: it marks constants of the equations.
+    # Dream, without gradients. So sg changes nothing in Eq. 3.3 to 3.6: it marks what is constant.
     with torch.no_grad():
         feat, action = imagine(model, agent.actor, start, config.horizon)  # [H+1, N, F], [H, N, A]
         reward, cont = model.predict(feat)  # each [H+1, N]
@@ -636,7 +634,7 @@ def train(config: Config, agent: Agent | None = None) -> Path:
             env.reset(seed=2 * (1_000_000 * config.seed + episode))  # even; evaluations: odd
             replay.add(env.row)
             state, repeat = None, False
-            score, begin, metrics = 0.0, step, {}
+            score, episode_start, metrics = 0.0, step, {}
 
             while not env.row["is_last"]:
                 # Act: draw an action, or repeat the last one. A repeat begins with 2 % (in the
@@ -662,7 +660,7 @@ def train(config: Config, agent: Agent | None = None) -> Path:
             episode += 1
             log.write({"env/step": step, "wm/updates": updates, "env/return": score} | metrics)
             bar.set_postfix(step=step, episode_return=score)
-            due = step // config.eval_every > begin // config.eval_every  # a multiple was passed
+            due = step // config.eval_every > episode_start // config.eval_every
             if due or step >= config.steps:
                 log.write({"env/step": step} | evaluate(agent, config.episodes, config.seed))
                 log.draw()
@@ -672,7 +670,7 @@ def train(config: Config, agent: Agent | None = None) -> Path:
 
 # %% 4.2 Log and curves
 class Log:
-    """The lines of metrics.jsonl. Each rewrites it: --resume drops what followed the checkpoint."""
+    """The lines of metrics.jsonl. The file is written anew each time: --resume drops lines."""
 
     def __init__(self, folder: Path):
         self.folder, self.lines = folder, []
@@ -705,10 +703,10 @@ class Log:
 # - Eq. 5.3 `policy_entropy`: of the actor in the same dreams
 # %% 5.1 Evaluation on unseen seeds
 def play(agent: Agent, env: PixelEnv, seed: int, chance: float = 0.0) -> tuple[list, list]:
-    """The rows of an episode, and the states [1, F] in which its actions were chosen.
-    At each step, with probability `chance`, 15 random actions begin: good agents fall, too."""
+    """The rows of an episode, and the (h, z) [1, F] in which its actions were chosen.
+    At each step, with probability `chance`, 15 random actions begin: rho needs falls, too."""
     env.reset(seed=seed)
-    rows, states, state, burst = [env.row], [], None, 0
+    rows, feats, state, burst = [env.row], [], None, 0
     while not env.row["is_last"]:
         burst = 15 if torch.rand(()) < chance else burst - 1  # random actions left
         action, (feat, _) = agent.act(env.row["obs"], state)
@@ -717,9 +715,9 @@ def play(agent: Agent, env: PixelEnv, seed: int, chance: float = 0.0) -> tuple[l
         env.step(action)
 
         rows.append(env.row)
-        states.append(feat)
+        feats.append(feat)
         state = feat, feat.new_tensor(env.row["prev_action"])[None]  # the action really taken
-    return rows, states
+    return rows, feats
 
 
 @torch.no_grad()
@@ -741,20 +739,21 @@ def evaluate(agent: Agent, episodes: int = 3, seed: int = 0) -> dict[str, float]
 
 
 # %% 5.2 Dreamed against real
-def windows(rows: list[dict], states: list[Tensor], length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Every fourth state of an episode of `play`, and the `length` actions and rewards after it."""
+def windows(rows: list[dict], feats: list[Tensor], length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Every fourth (h, z) of an episode of `play`, and `length` actions and rewards after each."""
     # Beyond the end the last action repeats. The reward is 0 if terminated, else unknown (nan).
-    after = rows[-1] | {"reward": np.float32(0 if rows[-1]["terminated"] else np.nan)}
+    reward = 0 if rows[-1]["terminated"] else np.nan
+    after = rows[-1] | {"reward": np.float32(reward)}
     columns = stack_rows(rows[1:] + (length - 1) * [after])  # the last window is full, too
     action = columns["prev_action"].unfold(0, length, 4).mT  # [N, A, length] -> [N, length, A]
     reward = columns["reward"].unfold(0, length, 4)  # [N, length]
-    return torch.cat(states[::4]), action, reward
+    return torch.cat(feats[::4]), action, reward
 
 
 def dream_metrics(agent: Agent, held_out: list[tuple[list, list]], H: int = 15) -> dict:
     """Eq. 5.1 to 5.3, in dreams of H steps from every fourth row of held-out episodes."""
     model = agent.world_model
-    parts = [windows(rows, states, H) for rows, states in held_out]
+    parts = [windows(rows, feats, H) for rows, feats in held_out]
     start, action, real = (torch.cat(part) for part in zip(*parts, strict=True))
 
     # The dream with the actions that were really taken
@@ -793,15 +792,14 @@ def save_checkpoint(agent: Agent, replay: ReplayBuffer, log: Log, *progress: int
     (log.folder / "new.pt").replace(log.folder / "checkpoint.pt")
 
 
-def read_checkpoint(path: str | Path) -> dict:
-    """The checkpoint in a run's folder, or in a file. ValueError if damaged."""
+def read_checkpoint(path: str | Path, mmap: bool = False) -> dict:
+    """The checkpoint in a folder or file; ValueError if damaged. mmap: unused rows stay there."""
     with explain(f"{path} holds no checkpoint that can be used"):
         path = Path(path, "checkpoint.pt") if Path(path).is_dir() else path
         with zipfile.ZipFile(path) as file:
             if file.testzip():
                 raise ValueError("a checksum is wrong")
-        # mmap: --eval need not load the rows. --resume copies all: it replaces the file later.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 def load_checkpoint(agent: Agent, replay: ReplayBuffer, log: Log) -> tuple[int, int, int]:
@@ -810,19 +808,20 @@ def load_checkpoint(agent: Agent, replay: ReplayBuffer, log: Log) -> tuple[int, 
     with explain(f"the agent of {log.folder}"):
         agent.load_state_dict(state["agent"])
         for part, optimizer in agent.optimizers.items():
-            optimizer.load_state_dict(copy.deepcopy(state["optimizers"][part]))  # not mmapped
+            optimizer.load_state_dict(state["optimizers"][part])
     for i in range(len(state["rows"]["obs"])):
         replay.add({name: x[i].numpy().copy() for name, x in state["rows"].items()})
     log.lines = state["lines"]
-    torch.set_rng_state(state["random"].clone())
+    torch.set_rng_state(state["random"])
     return state["progress"]
 
 
 def load_agent(path: str | Path, device: str = "cpu") -> Agent:
     """The agent in a run's folder or checkpoint, if its encoder and RSSM are dreamer.py's."""
-    state = read_checkpoint(path)
+    state = read_checkpoint(path, mmap=True)
     with explain(f"the agent of {path}"), PixelEnv(state["config"]["env"]) as env:
-        agent = Agent(env.action_space, Config(**state["config"] | {"device": device}))
+        values = state["config"] | {"device": device}
+        agent = Agent(env.action_space, Config(**values))
         agent.load_state_dict(state["agent"])
         return agent
 
@@ -841,10 +840,11 @@ def main(argv: list[str] | None = None) -> Path | None:
 
 
 if __name__ == "__main__":
-    this_file = globals().get("__file__", "a cell")  # a notebook's cells have no file
-    if Path(sys.argv[0]).name == Path(this_file).name:  # a script, or %run in a notebook
+    # This is true in a notebook's cells, too. There, argv[0] is the kernel, and no __file__ exists.
+    this_file = globals().get("__file__", "a cell")
+    if Path(sys.argv[0]).name == Path(this_file).name:
         main()
-    elif "ipykernel" in sys.modules:  # all cells were run; argv[0] is the kernel's file
+    elif "ipykernel" in sys.modules:
         from recipes.notebook import show
 
         show(main(ARGUMENTS.split()))
