@@ -1239,13 +1239,16 @@ def test_reward_rho_is_pearsons_of_the_known_pairs_and_nan_where_nothing_varies(
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")
-def test_evaluation_is_a_function_of_its_seed_and_what_does_not_exist_is_left_out():
+def test_evaluation_is_a_function_of_its_seed_and_what_does_not_exist_is_left_out(monkeypatch):
     """Here the rewards do not vary."""
     register("Still", ends_by="truncated", gives=dict(step=lambda r, *ends: (1.0, *ends)))
     agent = new_agent(space=Discrete(3, start=5), env="Still-v0")
+    lengths = set()
+    spy(monkeypatch, dreamer, "reward_rho", lambda dreamed, real: lengths.add(dreamed.shape[1]))
     torch.manual_seed(1)
     state = torch.get_rng_state()
     metrics = evaluate(agent, 1, seed=5)
+    assert lengths == {15} != {agent.config.horizon}  # rho has a length of its own
     assert torch.equal(torch.get_rng_state(), state)
     torch.rand(7)
     assert metrics == evaluate(agent, 1, seed=5) != evaluate(agent, 1, seed=6)
