@@ -793,7 +793,7 @@ def save_checkpoint(agent: Agent, replay: ReplayBuffer, log: Log, *progress: int
 
 
 def read_checkpoint(path: str | Path, mmap: bool = False) -> dict:
-    """The checkpoint in a folder or file; ValueError if damaged. mmap: unused rows stay there."""
+    """The checkpoint in a folder or file; ValueError if damaged. mmap: unused rows stay on disk."""
     with explain(f"{path} holds no checkpoint that can be used"):
         path = Path(path, "checkpoint.pt") if Path(path).is_dir() else path
         with zipfile.ZipFile(path) as file:
