@@ -133,7 +133,7 @@ def twohot_encode(x: Tensor, bins: Tensor) -> Tensor:
 def twohot_decode(logits: Tensor, bins: Tensor) -> Tensor:
     """Logits [..., bins] -> mean of the bins [...]."""
     terms = torch.softmax(logits, -1) * bins
-    # As terms.sum(-1), but mirror bins are added first: equal weights give 0, no rounding error.
+    # Their sum. The bins are symmetric, and mirror bins are added first: equal weights give 0.
     return (terms + terms.flip(-1)).sum(-1) / 2
 
 
@@ -670,7 +670,7 @@ def train(config: Config, agent: Agent | None = None) -> Path:
 
 # %% 4.2 Log and curves
 class Log:
-    """The lines of metrics.jsonl. The file is written anew each time: --resume drops lines."""
+    """metrics.jsonl, written anew with each line: --resume drops what came after the checkpoint."""
 
     def __init__(self, folder: Path):
         self.folder, self.lines = folder, []
@@ -704,7 +704,7 @@ class Log:
 # %% 5.1 Evaluation on unseen seeds
 def play(agent: Agent, env: PixelEnv, seed: int, chance: float = 0.0) -> tuple[list, list]:
     """The rows of an episode, and the (h, z) [1, F] in which its actions were chosen.
-    At each step, with probability `chance`, 15 random actions begin: rho needs falls, too."""
+    At each step 15 random actions begin with this chance: without falls CartPole has no rho."""
     env.reset(seed=seed)
     rows, feats, state, burst = [env.row], [], None, 0
     while not env.row["is_last"]:
@@ -745,9 +745,9 @@ def windows(rows: list[dict], feats: list[Tensor], length: int) -> tuple[Tensor,
     reward = 0 if rows[-1]["terminated"] else np.nan
     after = rows[-1] | {"reward": np.float32(reward)}
     columns = stack_rows(rows[1:] + (length - 1) * [after])  # the last window is full, too
-    action = columns["prev_action"].unfold(0, length, 4).mT  # [N, A, length] -> [N, length, A]
+    action = columns["prev_action"].unfold(0, length, 4)  # [N, A, length], at every fourth row
     reward = columns["reward"].unfold(0, length, 4)  # [N, length]
-    return torch.cat(feats[::4]), action, reward
+    return torch.cat(feats[::4]), action.mT, reward
 
 
 def dream_metrics(agent: Agent, held_out: list[tuple[list, list]], H: int = 15) -> dict:
@@ -840,7 +840,7 @@ def main(argv: list[str] | None = None) -> Path | None:
 
 
 if __name__ == "__main__":
-    # This is true in a notebook's cells, too. There, argv[0] is the kernel, and no __file__ exists.
+    # As a script argv[0] is this file. In a notebook's cell it is the kernel, without a __file__.
     this_file = globals().get("__file__", "a cell")
     if Path(sys.argv[0]).name == Path(this_file).name:
         main()
