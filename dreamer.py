@@ -97,7 +97,7 @@ class Config:
     def __post_init__(self):
         shares = ("unimix", "gamma", "lam", "critic_rate", "return_rate")
         for name, value in asdict(self).items():
-            is_count = type(value) is int and name not in ("seed", "pretrain")  # a bool is none
+            is_count = type(value) is int and name not in ("seed", "pretrain")  # a bool is no count
             lowest = 1 if is_count else 0
             highest = 1 if name in shares else 10**9
             if not isinstance(value, str) and not lowest <= value <= highest:
@@ -133,14 +133,14 @@ def twohot_encode(x: Tensor, bins: Tensor) -> Tensor:
 def twohot_decode(logits: Tensor, bins: Tensor) -> Tensor:
     """Logits [..., bins] -> mean of the bins [...]."""
     terms = torch.softmax(logits, -1) * bins
-    # Their sum. The bins are symmetric, and mirror bins are added first: equal weights give 0.
+    # Bins reach 4.85e8 (1.4). Mirror bins are added first, or rounding errors would remain.
     return (terms + terms.flip(-1)).sum(-1) / 2
 
 
 def init_weights(module: nn.Module) -> None:
     """Three times PyTorch's variance: 1 / inputs for Linear and Conv2d; zero biases."""
     if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
-        std = 1.1368 / module.weight[0].numel() ** 0.5  # a cut at 2 std lowers it by 1.1368
+        std = 1.1368 / module.weight[0].numel() ** 0.5  # a cut at 2 std divides it by 1.1368
         nn.init.trunc_normal_(module.weight, 0.0, std, -2 * std, 2 * std)
         nn.init.zeros_(module.bias)
 
@@ -204,7 +204,7 @@ def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
 
 
 class RSSM(nn.Module):
-    """Recurrent state-space model, arXiv:1811.04551. Agent(rssm=...) takes one with its methods."""
+    """Recurrent state-space model, arXiv:1811.04551. Agent(rssm=...) takes another one like it."""
 
     kl = staticmethod(kl_divergence)  # an RSSM with normal z, say, brings its own
 
@@ -227,7 +227,7 @@ class RSSM(nn.Module):
         return self.gates[0].weight.new_zeros(batch, self.feat_size)
 
     def recur(self, feat: Tensor, prev_action: Tensor) -> Tensor:
-        """Eq. 1.1, the next h [., D]: a GRU with layer norm. Its reset gate scales z and a, too."""
+        """Eq. 1.1, the next h [., D]: a GRU, but its reset gate scales the whole candidate."""
         h, z = feat[..., : self.hidden], feat[..., self.hidden :]
         x = self.inputs(torch.cat([z, prev_action.clamp(-1, 1)], -1))  # Box actions may lie outside
         reset, candidate, update = self.gates(torch.cat([x, h], -1)).chunk(3, -1)
@@ -326,7 +326,7 @@ class Actor(nn.Module):
 
 # %% 1.5 Environment
 def small_frame(image) -> np.ndarray:
-    """A gray or color frame, integers or floats in [0, 1] -> uint8 [64, 64, 3]."""
+    """A gray or color frame, integers to 255 or floats to 1 -> uint8 [64, 64, 3]."""
     frame = np.squeeze(np.asarray(image))
     if frame.dtype.kind in "fb":
         frame = 255 * frame
@@ -534,7 +534,7 @@ def update_world_model(agent: Agent, batch: dict[str, Tensor]) -> tuple[Tensor, 
 # The actor dreams H steps from N real states. The heads predict r and c, the critic predicts v.
 # - Eq. 3.1 `a_t ~ pi(. | h_t, z_t)`, `h_{t+1} = f(h_t, z_t, a_t)`, `z_{t+1} ~ p(. | h_{t+1})`
 # - Eq. 3.2 `R_t = r_{t+1} + gamma c_{t+1} ((1 - lam) v_{t+1} + lam R_{t+1})`, `R_H = v_H`
-# - Eq. 3.3 `w_t = c_0 (gamma c_1) ... (gamma c_t)`: discounted chance to be alive
+# - Eq. 3.3 `w_t = c_0 (gamma c_1) ... (gamma c_t)`: discounted chance to live. An end has c_0 = 0
 # - Eq. 3.4 `scale = max(1, running mean of (95th - 5th percentile of R))`
 # - Eq. 3.5 `actor loss = -mean w_t (sg((R_t - v_t) / scale) ln pi(a_t | h_t, z_t) + eta entropy)`
 # - Eq. 3.6 `critic loss = -mean w_t (ln p(R_t | h_t, z_t) + ln p(slow critic's v_t | h_t, z_t))`
@@ -564,7 +564,7 @@ def update_behavior(agent: Agent, start: Tensor) -> dict[str, Tensor]:
     """Dream from states [N, F]; then one step of the actor, one of the critic."""
     config, model = agent.config, agent.world_model
 
-    # Dream, without gradients. So sg changes nothing in Eq. 3.3 to 3.6: it marks what is constant.
+    # Dream, without gradients. In Eq. 3.3 to 3.6 sg marks what is constant, and changes nothing.
     with torch.no_grad():
         feat, action = imagine(model, agent.actor, start, config.horizon)  # [H+1, N, F], [H, N, A]
         reward, cont = model.predict(feat)  # each [H+1, N]
@@ -573,7 +573,7 @@ def update_behavior(agent: Agent, start: Tensor) -> dict[str, Tensor]:
 
     # Returns
     returns = lambda_return(reward, value, cont, config.gamma, config.lam)  # [H, N]
-    factors = torch.cat([cont[:1], config.gamma * cont[1:-1]])  # [H, N]; a start can be an end
+    factors = torch.cat([cont[:1], config.gamma * cont[1:-1]])  # [H, N]
     weight = sg(factors.cumprod(0))  # [H, N] Eq. 3.3
     percentiles = torch.quantile(returns, returns.new_tensor([0.05, 0.95]))  # [2]
     low, high = agent.return_range.lerp_(percentiles, config.return_rate)  # the running mean
@@ -703,8 +703,8 @@ class Log:
 # - Eq. 5.3 `policy_entropy`: of the actor in the same dreams
 # %% 5.1 Evaluation on unseen seeds
 def play(agent: Agent, env: PixelEnv, seed: int, chance: float = 0.0) -> tuple[list, list]:
-    """The rows of an episode, and the (h, z) [1, F] in which its actions were chosen.
-    At each step 15 random actions begin with this chance: without falls CartPole has no rho."""
+    """The rows of an episode, and the (h, z) [1, F] in which its actions were chosen. At each step,
+    with this chance, 15 random actions begin: if no pole ever fell, rho would be undefined."""
     env.reset(seed=seed)
     rows, feats, state, burst = [env.row], [], None, 0
     while not env.row["is_last"]:
@@ -741,10 +741,10 @@ def evaluate(agent: Agent, episodes: int = 3, seed: int = 0) -> dict[str, float]
 # %% 5.2 Dreamed against real
 def windows(rows: list[dict], feats: list[Tensor], length: int) -> tuple[Tensor, Tensor, Tensor]:
     """Every fourth (h, z) of an episode of `play`, and `length` actions and rewards after each."""
-    # Beyond the end the last action repeats. The reward is 0 if terminated, else unknown (nan).
-    reward = 0 if rows[-1]["terminated"] else np.nan
-    after = rows[-1] | {"reward": np.float32(reward)}
-    columns = stack_rows(rows[1:] + (length - 1) * [after])  # the last window is full, too
+    # In feats[i] the action of rows[i + 1] was chosen: there its window begins. Beyond the end the
+    # last action repeats, and the reward is 0 if terminated, else unknown (nan).
+    after = rows[-1] | {"reward": np.float32(0 if rows[-1]["terminated"] else np.nan)}
+    columns = stack_rows(rows[1:] + (length - 1) * [after])
     action = columns["prev_action"].unfold(0, length, 4)  # [N, A, length], at every fourth row
     reward = columns["reward"].unfold(0, length, 4)  # [N, length]
     return torch.cat(feats[::4]), action.mT, reward
@@ -840,7 +840,7 @@ def main(argv: list[str] | None = None) -> Path | None:
 
 
 if __name__ == "__main__":
-    # As a script argv[0] is this file. In a notebook's cell it is the kernel, without a __file__.
+    # In a notebook's cell argv[0] is the kernel and __file__ is missing, so the names differ.
     this_file = globals().get("__file__", "a cell")
     if Path(sys.argv[0]).name == Path(this_file).name:
         main()
