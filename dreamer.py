@@ -50,9 +50,10 @@ from tqdm import tqdm
 
 sg = Tensor.detach  # stop-gradient: to the loss, sg(x) is a constant
 td.Distribution.set_default_validate_args(False)  # checking every argument takes time
-torch.empty(7_000_000)  # freed at once: glibc's malloc then keeps memory for reuse, 10 % faster
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # environments draw without a screen,
 os.environ.setdefault("SDL_NO_SIGNAL_HANDLERS", "1")  # and leave Ctrl-C to Python
+# Speed only (10 %): once 28 MB were freed, glibc keeps smaller blocks and need not ask for them.
+torch.empty(7_000_000)
 
 
 @dataclass
@@ -133,12 +134,12 @@ def twohot_encode(x: Tensor, bins: Tensor) -> Tensor:
 def twohot_decode(logits: Tensor, bins: Tensor) -> Tensor:
     """Logits [..., bins] -> mean of the bins [...]."""
     terms = torch.softmax(logits, -1) * bins
-    # Bins reach 4.85e8 (1.4). Mirror bins are added first, or rounding errors would remain.
+    # As terms.sum(-1), but pairs of bins -b and b are added first: equal weights cancel exactly.
     return (terms + terms.flip(-1)).sum(-1) / 2
 
 
 def init_weights(module: nn.Module) -> None:
-    """Three times PyTorch's variance: 1 / inputs for Linear and Conv2d; zero biases."""
+    """Variance 1 / inputs (as PyTorch counts them), which is three times PyTorch's; zero biases."""
     if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
         std = 1.1368 / module.weight[0].numel() ** 0.5  # a cut at 2 std divides it by 1.1368
         nn.init.trunc_normal_(module.weight, 0.0, std, -2 * std, 2 * std)
@@ -332,7 +333,6 @@ def small_frame(image) -> np.ndarray:
         frame = 255 * frame
     if frame.ndim not in (2, 3) or not 0 <= frame.min() <= frame.max() <= 255:
         raise ValueError(f"render() gave {type(image).__name__} {frame.shape}, no frame in 0...255")
-
     picture = Image.fromarray(frame.astype(np.uint8)).convert("RGB")
     return np.array(picture.resize((64, 64), Image.Resampling.BOX))
 
@@ -356,7 +356,6 @@ class PixelEnv(gym.Wrapper):
         self.where = f"{self.env_id}, episode with seed {seed}"
         # Another seed than the environment's: with the same both would draw the same numbers.
         self.action_space.seed(None if seed is None else seed + 2**40)
-
         with explain(self.where):
             _, info = self.env.reset(seed=seed, options=options)
             self.remember(np.zeros(flatdim(self.action_space)), is_first=True)
@@ -534,7 +533,7 @@ def update_world_model(agent: Agent, batch: dict[str, Tensor]) -> tuple[Tensor, 
 # The actor dreams H steps from N real states. The heads predict r and c, the critic predicts v.
 # - Eq. 3.1 `a_t ~ pi(. | h_t, z_t)`, `h_{t+1} = f(h_t, z_t, a_t)`, `z_{t+1} ~ p(. | h_{t+1})`
 # - Eq. 3.2 `R_t = r_{t+1} + gamma c_{t+1} ((1 - lam) v_{t+1} + lam R_{t+1})`, `R_H = v_H`
-# - Eq. 3.3 `w_t = c_0 (gamma c_1) ... (gamma c_t)`: discounted chance to live. An end has c_0 = 0
+# - Eq. 3.3 `w_t = c_0 (gamma c_1) ... (gamma c_t)`: discounted chance to live (terminal start: 0)
 # - Eq. 3.4 `scale = max(1, running mean of (95th - 5th percentile of R))`
 # - Eq. 3.5 `actor loss = -mean w_t (sg((R_t - v_t) / scale) ln pi(a_t | h_t, z_t) + eta entropy)`
 # - Eq. 3.6 `critic loss = -mean w_t (ln p(R_t | h_t, z_t) + ln p(slow critic's v_t | h_t, z_t))`
@@ -564,7 +563,7 @@ def update_behavior(agent: Agent, start: Tensor) -> dict[str, Tensor]:
     """Dream from states [N, F]; then one step of the actor, one of the critic."""
     config, model = agent.config, agent.world_model
 
-    # Dream, without gradients. In Eq. 3.3 to 3.6 sg marks what is constant, and changes nothing.
+    # Dream. All of it is without gradients, so the next sg are only reminders of what is constant.
     with torch.no_grad():
         feat, action = imagine(model, agent.actor, start, config.horizon)  # [H+1, N, F], [H, N, A]
         reward, cont = model.predict(feat)  # each [H+1, N]
@@ -703,8 +702,8 @@ class Log:
 # - Eq. 5.3 `policy_entropy`: of the actor in the same dreams
 # %% 5.1 Evaluation on unseen seeds
 def play(agent: Agent, env: PixelEnv, seed: int, chance: float = 0.0) -> tuple[list, list]:
-    """The rows of an episode, and the (h, z) [1, F] in which its actions were chosen. At each step,
-    with this chance, 15 random actions begin: if no pole ever fell, rho would be undefined."""
+    """The rows of an episode, and the (h, z) [1, F] in which its actions were chosen.
+    At each step 15 random actions begin with this chance."""
     env.reset(seed=seed)
     rows, feats, state, burst = [env.row], [], None, 0
     while not env.row["is_last"]:
@@ -730,6 +729,7 @@ def evaluate(agent: Agent, episodes: int = 3, seed: int = 0) -> dict[str, float]
         for _ in tqdm(range(episodes), "evaluation", leave=False):
             rows, _ = play(agent, env, next(unseen))
             returns.append(sum(row["reward"] for row in rows))
+        # Random actions make good agents fail. If rewards never varied, rho would be undefined.
         while sum(len(rows) for rows, _ in held_out) < 200 * episodes:
             held_out.append(play(agent, env, next(unseen), chance=0.02))
         metrics = dream_metrics(agent, held_out)
@@ -741,13 +741,13 @@ def evaluate(agent: Agent, episodes: int = 3, seed: int = 0) -> dict[str, float]
 # %% 5.2 Dreamed against real
 def windows(rows: list[dict], feats: list[Tensor], length: int) -> tuple[Tensor, Tensor, Tensor]:
     """Every fourth (h, z) of an episode of `play`, and `length` actions and rewards after each."""
-    # In feats[i] the action of rows[i + 1] was chosen: there its window begins. Beyond the end the
-    # last action repeats, and the reward is 0 if terminated, else unknown (nan).
+    # Beyond the end the last action repeats. The reward is 0 if terminated, else unknown (nan).
     after = rows[-1] | {"reward": np.float32(0 if rows[-1]["terminated"] else np.nan)}
-    columns = stack_rows(rows[1:] + (length - 1) * [after])
-    action = columns["prev_action"].unfold(0, length, 4)  # [N, A, length], at every fourth row
-    reward = columns["reward"].unfold(0, length, 4)  # [N, length]
-    return torch.cat(feats[::4]), action.mT, reward
+    rows = rows[1:] + (length - 1) * [after]  # now rows[i] follows feats[i]
+    parts = [stack_rows(rows[i : i + length]) for i in range(0, len(feats), 4)]
+    action = torch.stack([part["prev_action"] for part in parts])  # [N, length, A]
+    reward = torch.stack([part["reward"] for part in parts])  # [N, length]
+    return torch.cat(feats[::4]), action, reward
 
 
 def dream_metrics(agent: Agent, held_out: list[tuple[list, list]], H: int = 15) -> dict:
@@ -820,8 +820,8 @@ def load_agent(path: str | Path, device: str = "cpu") -> Agent:
     """The agent in a run's folder or checkpoint, if its encoder and RSSM are dreamer.py's."""
     state = read_checkpoint(path, mmap=True)
     with explain(f"the agent of {path}"), PixelEnv(state["config"]["env"]) as env:
-        values = state["config"] | {"device": device}
-        agent = Agent(env.action_space, Config(**values))
+        config = Config(**state["config"] | {"device": device})
+        agent = Agent(env.action_space, config)
         agent.load_state_dict(state["agent"])
         return agent
 
@@ -840,9 +840,9 @@ def main(argv: list[str] | None = None) -> Path | None:
 
 
 if __name__ == "__main__":
-    # In a notebook's cell argv[0] is the kernel and __file__ is missing, so the names differ.
-    this_file = globals().get("__file__", "a cell")
-    if Path(sys.argv[0]).name == Path(this_file).name:
+    # As a script (also with %run) argv[0] is this file. As cells of a notebook it is the kernel.
+    this_file = Path(globals().get("__file__", "no file")).name
+    if Path(sys.argv[0]).name == this_file:
         main()
     elif "ipykernel" in sys.modules:
         from recipes.notebook import show
