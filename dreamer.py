@@ -52,8 +52,6 @@ sg = Tensor.detach  # stop-gradient: to the loss, sg(x) is a constant
 td.Distribution.set_default_validate_args(False)  # checking every argument takes time
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # environments draw without a screen,
 os.environ.setdefault("SDL_NO_SIGNAL_HANDLERS", "1")  # and leave Ctrl-C to Python
-# Speed only (10 %): once 28 MB were freed, glibc keeps smaller blocks and need not ask for them.
-torch.empty(7_000_000)
 
 
 @dataclass
@@ -98,8 +96,7 @@ class Config:
     def __post_init__(self):
         shares = ("unimix", "gamma", "lam", "critic_rate", "return_rate")
         for name, value in asdict(self).items():
-            is_count = type(value) is int and name not in ("seed", "pretrain")  # a bool is no count
-            lowest = 1 if is_count else 0
+            lowest = 0 if isinstance(value, float) or name in ("seed", "pretrain", "resume") else 1
             highest = 1 if name in shares else 10**9
             if not isinstance(value, str) and not lowest <= value <= highest:
                 raise ValueError(f"{name} must lie between {lowest} and {highest}, not {value}")
@@ -134,7 +131,8 @@ def twohot_encode(x: Tensor, bins: Tensor) -> Tensor:
 def twohot_decode(logits: Tensor, bins: Tensor) -> Tensor:
     """Logits [..., bins] -> mean of the bins [...]."""
     terms = torch.softmax(logits, -1) * bins
-    # As terms.sum(-1), but pairs of bins -b and b are added first: equal weights cancel exactly.
+    # As terms.sum(-1), but pairs of bins -b and b are added first. So equal weights give exactly 0,
+    # though bins reach 4.85e8 and floats are rounded.
     return (terms + terms.flip(-1)).sum(-1) / 2
 
 
@@ -533,7 +531,7 @@ def update_world_model(agent: Agent, batch: dict[str, Tensor]) -> tuple[Tensor, 
 # The actor dreams H steps from N real states. The heads predict r and c, the critic predicts v.
 # - Eq. 3.1 `a_t ~ pi(. | h_t, z_t)`, `h_{t+1} = f(h_t, z_t, a_t)`, `z_{t+1} ~ p(. | h_{t+1})`
 # - Eq. 3.2 `R_t = r_{t+1} + gamma c_{t+1} ((1 - lam) v_{t+1} + lam R_{t+1})`, `R_H = v_H`
-# - Eq. 3.3 `w_t = c_0 (gamma c_1) ... (gamma c_t)`: discounted chance to live (terminal start: 0)
+# - Eq. 3.3 `w_t = c_0 (gamma c_1) ... (gamma c_t)`: discounted chance to be alive
 # - Eq. 3.4 `scale = max(1, running mean of (95th - 5th percentile of R))`
 # - Eq. 3.5 `actor loss = -mean w_t (sg((R_t - v_t) / scale) ln pi(a_t | h_t, z_t) + eta entropy)`
 # - Eq. 3.6 `critic loss = -mean w_t (ln p(R_t | h_t, z_t) + ln p(slow critic's v_t | h_t, z_t))`
@@ -563,7 +561,7 @@ def update_behavior(agent: Agent, start: Tensor) -> dict[str, Tensor]:
     """Dream from states [N, F]; then one step of the actor, one of the critic."""
     config, model = agent.config, agent.world_model
 
-    # Dream. All of it is without gradients, so the next sg are only reminders of what is constant.
+    # Dream, without gradients. So sg, down to the losses, is only a reminder of what is constant.
     with torch.no_grad():
         feat, action = imagine(model, agent.actor, start, config.horizon)  # [H+1, N, F], [H, N, A]
         reward, cont = model.predict(feat)  # each [H+1, N]
@@ -572,6 +570,7 @@ def update_behavior(agent: Agent, start: Tensor) -> dict[str, Tensor]:
 
     # Returns
     returns = lambda_return(reward, value, cont, config.gamma, config.lam)  # [H, N]
+    # A start can be an episode's last row: then c_0 is near 0, and the dream hardly counts.
     factors = torch.cat([cont[:1], config.gamma * cont[1:-1]])  # [H, N]
     weight = sg(factors.cumprod(0))  # [H, N] Eq. 3.3
     percentiles = torch.quantile(returns, returns.new_tensor([0.05, 0.95]))  # [2]
@@ -636,8 +635,8 @@ def train(config: Config, agent: Agent | None = None) -> Path:
             score, episode_start, metrics = 0.0, step, {}
 
             while not env.row["is_last"]:
-                # Act: draw an action, or repeat the last one. A repeat begins with 2 % (in the
-                # prefill with 75 %), and goes on with 75 %.
+                # Act: draw an action, or repeat the last one to explore further. A repeat begins
+                # with 2 % (in the prefill with 75 %), and goes on with 75 %.
                 chance = 0.75 if repeat or step < config.prefill else 0.02
                 repeat = state is not None and torch.rand(()) < chance
                 action, state = agent.act(env.row["obs"], state, explore=True, repeat=repeat)
@@ -669,7 +668,7 @@ def train(config: Config, agent: Agent | None = None) -> Path:
 
 # %% 4.2 Log and curves
 class Log:
-    """metrics.jsonl, written anew with each line: --resume drops what came after the checkpoint."""
+    """The lines of metrics.jsonl. --resume takes them from the checkpoint: all are written anew."""
 
     def __init__(self, folder: Path):
         self.folder, self.lines = folder, []
@@ -729,7 +728,8 @@ def evaluate(agent: Agent, episodes: int = 3, seed: int = 0) -> dict[str, float]
         for _ in tqdm(range(episodes), "evaluation", leave=False):
             rows, _ = play(agent, env, next(unseen))
             returns.append(sum(row["reward"] for row in rows))
-        # Random actions make good agents fail. If rewards never varied, rho would be undefined.
+        # Random actions make good agents fall, and after a fall the reward is 0 (5.2). If it never
+        # varied, rho would be undefined.
         while sum(len(rows) for rows, _ in held_out) < 200 * episodes:
             held_out.append(play(agent, env, next(unseen), chance=0.02))
         metrics = dream_metrics(agent, held_out)
@@ -743,8 +743,8 @@ def windows(rows: list[dict], feats: list[Tensor], length: int) -> tuple[Tensor,
     """Every fourth (h, z) of an episode of `play`, and `length` actions and rewards after each."""
     # Beyond the end the last action repeats. The reward is 0 if terminated, else unknown (nan).
     after = rows[-1] | {"reward": np.float32(0 if rows[-1]["terminated"] else np.nan)}
-    rows = rows[1:] + (length - 1) * [after]  # now rows[i] follows feats[i]
-    parts = [stack_rows(rows[i : i + length]) for i in range(0, len(feats), 4)]
+    following = rows[1:] + (length - 1) * [after]  # [i] has the action that feats[i] chose
+    parts = [stack_rows(following[i : i + length]) for i in range(0, len(feats), 4)]
     action = torch.stack([part["prev_action"] for part in parts])  # [N, length, A]
     reward = torch.stack([part["reward"] for part in parts])  # [N, length]
     return torch.cat(feats[::4]), action, reward
