@@ -96,7 +96,7 @@ class Config:
     def __post_init__(self):
         shares = ("unimix", "gamma", "lam", "critic_rate", "return_rate")
         for name, value in asdict(self).items():
-            lowest = 0 if isinstance(value, float) or name in ("seed", "pretrain", "resume") else 1
+            lowest = 0 if isinstance(value, float | bool) or name in ("seed", "pretrain") else 1
             highest = 1 if name in shares else 10**9
             if not isinstance(value, str) and not lowest <= value <= highest:
                 raise ValueError(f"{name} must lie between {lowest} and {highest}, not {value}")
@@ -131,13 +131,13 @@ def twohot_encode(x: Tensor, bins: Tensor) -> Tensor:
 def twohot_decode(logits: Tensor, bins: Tensor) -> Tensor:
     """Logits [..., bins] -> mean of the bins [...]."""
     terms = torch.softmax(logits, -1) * bins
-    # As terms.sum(-1), but pairs of bins -b and b are added first. So equal weights give exactly 0,
-    # though bins reach 4.85e8 and floats are rounded.
+    # As terms.sum(-1), but pairs of bins -b and b are added first, each pair twice. Thus equal
+    # weights give exactly 0, though bins reach 4.85e8 and floats are rounded.
     return (terms + terms.flip(-1)).sum(-1) / 2
 
 
 def init_weights(module: nn.Module) -> None:
-    """Variance 1 / inputs (as PyTorch counts them), which is three times PyTorch's; zero biases."""
+    """Variance 1 / inputs (PyTorch counts weight[0]), three times PyTorch's own; zero biases."""
     if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
         std = 1.1368 / module.weight[0].numel() ** 0.5  # a cut at 2 std divides it by 1.1368
         nn.init.trunc_normal_(module.weight, 0.0, std, -2 * std, 2 * std)
@@ -157,7 +157,7 @@ def mlp(inputs: int, units: int, layers: int, outputs: int, outscale=1.0) -> nn.
 
 # %% 1.2 Encoder and decoder
 class NormSiLU(nn.LayerNorm):
-    """Layer norm over the channels of [., C, height, width], then SiLU."""
+    """Layer norm over the channels of [N, C, height, width], then SiLU."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = super().forward(x.permute(0, 2, 3, 1))
@@ -226,7 +226,7 @@ class RSSM(nn.Module):
         return self.gates[0].weight.new_zeros(batch, self.feat_size)
 
     def recur(self, feat: Tensor, prev_action: Tensor) -> Tensor:
-        """Eq. 1.1, the next h [., D]: a GRU, but its reset gate scales the whole candidate."""
+        """Eq. 1.1, the next h [..., D]: a GRU, but its reset gate scales the whole candidate."""
         h, z = feat[..., : self.hidden], feat[..., self.hidden :]
         x = self.inputs(torch.cat([z, prev_action.clamp(-1, 1)], -1))  # Box actions may lie outside
         reset, candidate, update = self.gates(torch.cat([x, h], -1)).chunk(3, -1)
@@ -235,16 +235,16 @@ class RSSM(nn.Module):
         return update * candidate + (1 - update) * h
 
     def params(self, outputs: Tensor) -> Tensor:
-        """Outputs of a network [., Z] -> parameters of z: its probabilities [., S, K]."""
+        """Outputs of a network [..., Z] -> parameters of z: its probabilities [..., S, K]."""
         probs = torch.softmax(outputs.unflatten(-1, self.shape), -1)
         return (1 - self.unimix) * probs + self.unimix / self.shape[1]
 
     def prior(self, h: Tensor) -> Tensor:
-        """Eq. 1.3: h [., D] -> probabilities of z [., S, K]."""
+        """Eq. 1.3: h [..., D] -> probabilities of z [..., S, K]."""
         return self.params(self.prior_net(h))
 
     def sample(self, probs: Tensor) -> Tensor:
-        """One-hot z [., Z], through which gradients go straight to `probs`."""
+        """One-hot z [..., Z], through which gradients go straight to `probs`."""
         # Faster than td: the first class whose cumulative probability is >= u.
         u = torch.rand_like(probs[..., :1])
         drawn = (sg(probs).cumsum(-1) < u).sum(-1).clamp(max=self.shape[1] - 1)
@@ -253,7 +253,7 @@ class RSSM(nn.Module):
         return (one_hot + (probs - sg(probs))).flatten(-2)
 
     def entropy(self, probs: Tensor) -> Tensor:
-        """Entropy [.] of z in nats."""
+        """Entropy [...] of z in nats."""
         return td.OneHotCategorical(probs).entropy().sum(-1)
 
     def img_step(self, feat: Tensor, action: Tensor) -> Tensor:
@@ -268,7 +268,7 @@ class RSSM(nn.Module):
         return torch.cat([h, self.sample(post)], -1), post
 
     def observe(self, embed: Tensor, prev_action: Tensor, is_first: Tensor):
-        """Sequences [B, T, .] -> (h, z) [B, T, F], posterior, prior [B, T, S, K].
+        """Sequences [B, T, ...] -> (h, z) [B, T, F], posterior, prior [B, T, S, K].
         Sequences start from a zero state, episodes from zero state and action."""
         keep = (~is_first).float().unsqueeze(-1)  # [B, T, 1]
         prev_action = prev_action * keep
@@ -352,7 +352,7 @@ class PixelEnv(gym.Wrapper):
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         self.where = f"{self.env_id}, episode with seed {seed}"
-        # Another seed than the environment's: with the same both would draw the same numbers.
+        # Another seed than the environment's: random actions (5.1) must not repeat its numbers.
         self.action_space.seed(None if seed is None else seed + 2**40)
         with explain(self.where):
             _, info = self.env.reset(seed=seed, options=options)
@@ -404,7 +404,7 @@ class Agent(nn.Module):
             self.register_buffer("return_range", torch.zeros(2))  # of Eq. 3.4
             self.to(config.device)
 
-        self.anneal = 1.0  # a factor of the learning rates (2.2) and of eta (3.3); 4.1 lowers it
+        self.anneal = 1.0  # lowered in 4.1; 2.2 sets learning rates to anneal * lr, 3.3 scales eta
         self.optimizers = {}
         for part in ("world_model", "actor", "critic"):
             weights = [x for x in getattr(self, part).parameters() if x.requires_grad]
@@ -570,7 +570,7 @@ def update_behavior(agent: Agent, start: Tensor) -> dict[str, Tensor]:
 
     # Returns
     returns = lambda_return(reward, value, cont, config.gamma, config.lam)  # [H, N]
-    # A start can be an episode's last row: then c_0 is near 0, and the dream hardly counts.
+    # A start can be terminated: then c_0 is near 0, and its dream hardly counts.
     factors = torch.cat([cont[:1], config.gamma * cont[1:-1]])  # [H, N]
     weight = sg(factors.cumprod(0))  # [H, N] Eq. 3.3
     percentiles = torch.quantile(returns, returns.new_tensor([0.05, 0.95]))  # [2]
@@ -668,7 +668,7 @@ def train(config: Config, agent: Agent | None = None) -> Path:
 
 # %% 4.2 Log and curves
 class Log:
-    """The lines of metrics.jsonl. --resume takes them from the checkpoint: all are written anew."""
+    """metrics.jsonl, rewritten each time: with --resume the lines since the checkpoint vanish."""
 
     def __init__(self, folder: Path):
         self.folder, self.lines = folder, []
@@ -743,7 +743,7 @@ def windows(rows: list[dict], feats: list[Tensor], length: int) -> tuple[Tensor,
     """Every fourth (h, z) of an episode of `play`, and `length` actions and rewards after each."""
     # Beyond the end the last action repeats. The reward is 0 if terminated, else unknown (nan).
     after = rows[-1] | {"reward": np.float32(0 if rows[-1]["terminated"] else np.nan)}
-    following = rows[1:] + (length - 1) * [after]  # [i] has the action that feats[i] chose
+    following = rows[1:] + (length - 1) * [after]  # [i] holds the action taken in feats[i]
     parts = [stack_rows(following[i : i + length]) for i in range(0, len(feats), 4)]
     action = torch.stack([part["prev_action"] for part in parts])  # [N, length, A]
     reward = torch.stack([part["reward"] for part in parts])  # [N, length]
