@@ -836,7 +836,7 @@ def main(argv: list[str] | None = None) -> Path | None:
         agent = load_agent(config.eval, config.device)
         print(json.dumps(evaluate(agent, config.episodes, config.seed), indent=2))
     except (ValueError, OSError, MemoryError, KeyboardInterrupt) as error:
-        sys.exit("dreamer.py: error: " + " ".join((str(error) or repr(error)).split()))
+        sys.exit("dreamer.py: error: " + " ".join((str(error) or repr(error)).split())[:500])
 
 
 if __name__ == "__main__":

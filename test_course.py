@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+import dreamer
 from dreamer import Agent, Config, PixelEnv, load_agent, train
-from recipes import open_loop
+from recipes import lesson_parts, open_loop
 from recipes.earlier_lessons import LessonEncoder, LessonRSSM, load
 
 SMALL = dict(
@@ -118,6 +119,13 @@ def test_training_with_the_files(parts, freeze, recipe, brief, capsys):
     for name, state in parts.items():
         same = {torch.equal(x, weights[f"world_model.{name}.{key}"]) for key, x in state.items()}
         assert same == {freeze}
+
+    recipe("dashboard", "r/CartPole-v1-0", "--episodes", "2")
+    loaded = lesson_parts.load_agent("r/CartPole-v1-0").state_dict()
+    assert all(torch.equal(x, weights[name]) for name, x in loaded.items())
+    with pytest.raises(SystemExit, match="the agent of .*CartPole-v1-0") as error:
+        dreamer.main(["--eval", "r/CartPole-v1-0"])
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
 
 
 REFUSALS = [

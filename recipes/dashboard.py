@@ -13,7 +13,7 @@ import sys
 import torch
 from matplotlib.figure import Figure
 
-from dreamer import load_agent
+from recipes.lesson_parts import load_agent
 from recipes.open_loop import STEPS, measure
 
 

@@ -15,7 +15,8 @@ import sys
 import torch
 from PIL import Image
 
-from dreamer import PixelEnv, load_agent, play, stack_rows
+from dreamer import PixelEnv, play, stack_rows
+from recipes.lesson_parts import load_agent
 
 SEEN = 5  # frames that the agent sees before it dreams
 
