@@ -1,12 +1,11 @@
 """Train with the encoder of the course's project P01 and the RSSM of its project P02.
 
-    python -m recipes.earlier_lessons --encoder vae_encoder.pt --rssm rssm.pt
+    python -m recipes.earlier_lessons vae_encoder.pt rssm.pt
     python -m recipes.earlier_lessons --encoder vae_encoder.pt --freeze
 
-The program takes the options of dreamer.py, too. Without --rssm the RSSM is that of dreamer.py.
-Without --encoder the encoder has P01's shape and new weights. With --freeze the weights of the
-files do not change. The options for sizes have no effect on the networks of the two projects.
-P02's RSSM knows the actions 0 and 1 only, so it fits CartPole and the environments of the course.
+It takes the options of dreamer.py, too. Without --rssm the RSSM is that of dreamer.py. Without
+--encoder the encoder has P01's shape and new weights. With --freeze the files' weights stay. The
+options for sizes do not change the networks of the two projects. P02's RSSM needs two actions.
 """
 
 import argparse
@@ -63,7 +62,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--encoder")
     parser.add_argument("--rssm")
     parser.add_argument("--freeze", action="store_true")
-    args, others = parser.parse_known_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    files = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
+    named = [x for pair in zip(("--encoder", "--rssm"), argv[:files], strict=False) for x in pair]
+    args, others = parser.parse_known_args(named + argv[len(named) // 2 :])
 
     try:
         config = tyro.cli(Config, args=others, default=Config(runs="runs-lessons"))
