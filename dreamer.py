@@ -137,7 +137,7 @@ def twohot_decode(logits: Tensor, bins: Tensor) -> Tensor:
 
 
 def init_weights(module: nn.Module) -> None:
-    """Variance 1 / inputs (PyTorch counts weight[0]), three times PyTorch's own; zero biases."""
+    """Normal weights with variance 1 / inputs, none beyond 2 deviations; zero biases."""
     if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
         std = 1.1368 / module.weight[0].numel() ** 0.5  # a cut at 2 std divides it by 1.1368
         nn.init.trunc_normal_(module.weight, 0.0, std, -2 * std, 2 * std)
@@ -668,7 +668,7 @@ def train(config: Config, agent: Agent | None = None) -> Path:
 
 # %% 4.2 Log and curves
 class Log:
-    """metrics.jsonl, rewritten each time: with --resume the lines since the checkpoint vanish."""
+    """metrics.jsonl has a line for every episode and for every evaluation."""
 
     def __init__(self, folder: Path):
         self.folder, self.lines = folder, []
@@ -811,7 +811,7 @@ def load_checkpoint(agent: Agent, replay: ReplayBuffer, log: Log) -> tuple[int, 
             optimizer.load_state_dict(state["optimizers"][part])
     for i in range(len(state["rows"]["obs"])):
         replay.add({name: x[i].numpy().copy() for name, x in state["rows"].items()})
-    log.lines = state["lines"]
+    log.lines = state["lines"]  # later ones vanish: the next line rewrites the file
     torch.set_rng_state(state["random"])
     return state["progress"]
 
