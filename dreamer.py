@@ -16,10 +16,10 @@ Time      row t : prev_action a_{t-1} | obs o_t | reward r_t | terminated, is_fi
           o_t, r_t and c_t = 1 - terminated_t are predicted from (h_t, z_t).
           The action in row t led to o_t. An episode's first row has action and reward 0.
 
-Gradient reaches ...             encoder, RSSM, decoder, heads    actor    critic
-of the world model loss                       yes                   -        -
-of the actor loss                              -                   yes       -
-of the critic loss                             -                    -       yes
+Gradient of ...    reaches:    encoder, RSSM, decoder, heads    actor    critic
+world model loss                            yes                   -        -
+actor loss                                   -                   yes       -
+critic loss                                  -                    -       yes
 """
 
 # %% tags=["parameters"]
@@ -137,7 +137,7 @@ def twohot_decode(logits: Tensor, bins: Tensor) -> Tensor:
 
 
 def init_weights(module: nn.Module) -> None:
-    """Normal weights with variance 1 / inputs, none beyond 2 deviations; zero biases."""
+    """Cut normal weights of variance 1 / inputs (if transposed: 1 / outputs); zero biases."""
     if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
         std = 1.1368 / module.weight[0].numel() ** 0.5  # a cut at 2 std divides it by 1.1368
         nn.init.trunc_normal_(module.weight, 0.0, std, -2 * std, 2 * std)
@@ -352,7 +352,7 @@ class PixelEnv(gym.Wrapper):
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         self.where = f"{self.env_id}, episode with seed {seed}"
-        # Another seed than the environment's: random actions (5.1) must not repeat its numbers.
+        # With one seed, environment and random actions (5.1) would draw the same numbers.
         self.action_space.seed(None if seed is None else seed + 2**40)
         with explain(self.where):
             _, info = self.env.reset(seed=seed, options=options)
@@ -561,7 +561,7 @@ def update_behavior(agent: Agent, start: Tensor) -> dict[str, Tensor]:
     """Dream from states [N, F]; then one step of the actor, one of the critic."""
     config, model = agent.config, agent.world_model
 
-    # Dream, without gradients. So sg, down to the losses, is only a reminder of what is constant.
+    # Dream, without gradients: each sg from here to the losses only marks what is constant.
     with torch.no_grad():
         feat, action = imagine(model, agent.actor, start, config.horizon)  # [H+1, N, F], [H, N, A]
         reward, cont = model.predict(feat)  # each [H+1, N]
@@ -728,8 +728,8 @@ def evaluate(agent: Agent, episodes: int = 3, seed: int = 0) -> dict[str, float]
         for _ in tqdm(range(episodes), "evaluation", leave=False):
             rows, _ = play(agent, env, next(unseen))
             returns.append(sum(row["reward"] for row in rows))
-        # Random actions make good agents fall, and after a fall the reward is 0 (5.2). If it never
-        # varied, rho would be undefined.
+        # CartPole pays 1 at every step. So rho needs dreams that reach beyond a fall, where 5.2
+        # counts the reward as 0. Random actions make good agents fall.
         while sum(len(rows) for rows, _ in held_out) < 200 * episodes:
             held_out.append(play(agent, env, next(unseen), chance=0.02))
         metrics = dream_metrics(agent, held_out)
