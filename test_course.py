@@ -147,3 +147,10 @@ def test_refusals_are_one_clear_line(state, argv, said, recipe):
     with pytest.raises(SystemExit, match=f"^recipes.earlier_lessons: error: .*{said}") as error:
         recipe("earlier_lessons", *FLAGS, *argv.split())
     assert "\n" not in str(error.value)
+
+
+def test_help_names_the_options_of_the_recipe_and_of_dreamer(recipe, capsys):
+    with pytest.raises(SystemExit):
+        recipe("earlier_lessons", "--help")
+    said = capsys.readouterr().out
+    assert all(option in said for option in ("--rssm", "--freeze", "--train-ratio"))

@@ -66,9 +66,9 @@ def main(argv: list[str] | None = None) -> None:
     files = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
     named = [x for pair in zip(("--encoder", "--rssm"), argv[:files], strict=False) for x in pair]
     args, others = parser.parse_known_args(named + argv[len(named) // 2 :])
-
     try:
-        config = tyro.cli(Config, args=others, default=Config(runs="runs-lessons"))
+        default = Config(runs="runs-lessons")
+        config = tyro.cli(Config, description=__doc__, args=others, default=default)
         agent = lesson_agent(config, args.encoder, args.rssm, args.freeze)
         dreamer.train(config, agent)
         print(json.dumps(dreamer.evaluate(agent, config.episodes), indent=2))
