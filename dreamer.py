@@ -165,7 +165,7 @@ class NormSiLU(nn.LayerNorm):
 
 
 class Encoder(nn.Sequential):
-    """Frames uint8 [..., 64, 64, 3] -> embeddings [..., E]. Agent(encoder=...) takes another."""
+    """Frames uint8 [..., 64, 64, 3] -> [..., embed_size]. Agent(encoder=...) takes another."""
 
     def __init__(self, depth: int):
         few, many = 2 * depth, 8 * depth
@@ -196,14 +196,14 @@ class Decoder(nn.Sequential):
         return x.permute(0, 2, 3, 1).unflatten(0, feat.shape[:-1])
 
 
-# %% 1.3 RSSM
+# %% 1.3 Recurrent state-space model (RSSM)
 def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
     """KL(p || q) in nats of S variables: [..., S, K] -> [...]."""
     return (p * (p.log() - q.log())).sum((-2, -1))
 
 
 class RSSM(nn.Module):
-    """Recurrent state-space model, arXiv:1811.04551. Agent(rssm=...) takes another one like it."""
+    """arXiv:1811.04551. Agent(rssm=...) takes another with these methods, `hidden`, `feat_size`."""
 
     kl = staticmethod(kl_divergence)  # an RSSM with normal z, say, brings its own
 
