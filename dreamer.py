@@ -816,12 +816,12 @@ def load_checkpoint(agent: Agent, replay: ReplayBuffer, log: Log) -> tuple[int, 
     return state["progress"]
 
 
-def load_agent(path: str | Path, device: str = "cpu") -> Agent:
-    """The agent in a run's folder or checkpoint, if its encoder and RSSM are dreamer.py's."""
+def load_agent(path: str | Path, device: str = "cpu", encoder=None, rssm=None) -> Agent:
+    """The agent in a run's folder or checkpoint. What was given to it has to be given again."""
     state = read_checkpoint(path, mmap=True)
     with explain(f"the agent of {path}"), PixelEnv(state["config"]["env"]) as env:
         config = Config(**state["config"] | {"device": device})
-        agent = Agent(env.action_space, config)
+        agent = Agent(env.action_space, config, encoder, rssm)
         agent.load_state_dict(state["agent"])
         return agent
 

@@ -8,7 +8,8 @@ the agent asks of an encoder and an RSSM, so other networks can be brought in th
 import torch
 from torch import Tensor, nn
 
-from dreamer import Agent, Config, PixelEnv, explain, read_checkpoint
+import dreamer
+from dreamer import Agent
 from recipes.gaussian_latents import GaussianRSSM
 
 
@@ -57,12 +58,7 @@ class LessonRSSM(GaussianRSSM):
 
 def load_agent(path: str) -> Agent:
     """As dreamer.load_agent. Encoder and RSSM can be those above, too: their weights tell."""
-    state = read_checkpoint(path, mmap=True)
-    names = state["agent"]
-    with explain(f"the agent of {path}"), PixelEnv(state["config"]["env"]) as env:
-        encoder = LessonEncoder() if "world_model.encoder.fc_mu.weight" in names else None
-        rssm = LessonRSSM() if "world_model.rssm.gru.weight_hh" in names else None
-        config = Config(**state["config"] | {"device": "cpu"})
-        agent = Agent(env.action_space, config, encoder, rssm)
-        agent.load_state_dict(state["agent"])
-        return agent
+    names = dreamer.read_checkpoint(path, mmap=True)["agent"]
+    encoder = LessonEncoder() if "world_model.encoder.fc_mu.weight" in names else None
+    rssm = LessonRSSM() if "world_model.rssm.gru.weight_hh" in names else None
+    return dreamer.load_agent(path, encoder=encoder, rssm=rssm)
