@@ -131,8 +131,7 @@ def twohot_encode(x: Tensor, bins: Tensor) -> Tensor:
 def twohot_decode(logits: Tensor, bins: Tensor) -> Tensor:
     """Logits [..., bins] -> mean of the bins [...]."""
     terms = torch.softmax(logits, -1) * bins
-    # As terms.sum(-1), but pairs of bins -b and b are added first, each pair twice. Thus equal
-    # weights give exactly 0, though bins reach 4.85e8 and floats are rounded.
+    # Bins -b and b, up to 4.85e8, are added first (each pair twice): equal weights give exactly 0.
     return (terms + terms.flip(-1)).sum(-1) / 2
 
 
@@ -329,7 +328,8 @@ def small_frame(image) -> np.ndarray:
     frame = np.squeeze(np.asarray(image))
     if frame.dtype.kind in "fb":
         frame = 255 * frame
-    if frame.ndim not in (2, 3) or not 0 <= frame.min() <= frame.max() <= 255:
+    is_bytes = frame.dtype == np.uint8  # then no pixel needs to be looked at
+    if frame.ndim not in (2, 3) or not (is_bytes or 0 <= frame.min() <= frame.max() <= 255):
         raise ValueError(f"render() gave {type(image).__name__} {frame.shape}, no frame in 0...255")
     picture = Image.fromarray(frame.astype(np.uint8)).convert("RGB")
     return np.array(picture.resize((64, 64), Image.Resampling.BOX))
