@@ -328,7 +328,7 @@ def small_frame(image) -> np.ndarray:
     frame = np.squeeze(np.asarray(image))
     if frame.dtype.kind in "fb":
         frame = 255 * frame
-    is_bytes = frame.dtype == np.uint8  # then no pixel needs to be looked at
+    is_bytes = frame.dtype == np.uint8  # then all values fit, without a look at every pixel
     if frame.ndim not in (2, 3) or not (is_bytes or 0 <= frame.min() <= frame.max() <= 255):
         raise ValueError(f"render() gave {type(image).__name__} {frame.shape}, no frame in 0...255")
     picture = Image.fromarray(frame.astype(np.uint8)).convert("RGB")
