@@ -270,11 +270,10 @@ class RSSM(nn.Module):
         """Sequences [B, T, ...] -> (h, z) [B, T, F], posterior, prior [B, T, S, K].
         Sequences start from a zero state, episodes from zero state and action."""
         keep = (~is_first).float().unsqueeze(-1)  # [B, T, 1]
-        prev_action = prev_action * keep
+        prev_action = keep * prev_action
         feat, feats, posts = self.initial(len(embed)), [], []
         for t in range(embed.shape[1]):
-            feat = feat * keep[:, t]
-            feat, post = self.obs_step(feat, prev_action[:, t], embed[:, t])
+            feat, post = self.obs_step(keep[:, t] * feat, prev_action[:, t], embed[:, t])
             feats.append(feat)
             posts.append(post)
 
@@ -326,8 +325,7 @@ class Actor(nn.Module):
 def small_frame(image) -> np.ndarray:
     """A gray or color frame, integers to 255 or floats to 1 -> uint8 [64, 64, 3]."""
     frame = np.squeeze(np.asarray(image))
-    if frame.dtype.kind in "fb":
-        frame = 255 * frame
+    frame = 255 * frame if frame.dtype.kind in "fb" else frame  # floats and booleans end at 1
     is_bytes = frame.dtype == np.uint8  # then all values fit, without a look at every pixel
     if frame.ndim not in (2, 3) or not (is_bytes or 0 <= frame.min() <= frame.max() <= 255):
         raise ValueError(f"render() gave {type(image).__name__} {frame.shape}, no frame in 0...255")
@@ -429,8 +427,7 @@ class Agent(nn.Module):
 # %% 1.7 Replay buffer
 def stack_rows(rows: list[dict]) -> dict[str, Tensor]:
     """L rows of the time diagram -> columns [L, ...]."""
-    columns = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-    return {name: torch.from_numpy(column) for name, column in columns.items()}
+    return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
 
 
 class ReplayBuffer:
@@ -537,8 +534,7 @@ def update_world_model(agent: Agent, batch: dict[str, Tensor]) -> tuple[Tensor, 
 # - Eq. 3.6 `critic loss = -mean w_t (ln p(R_t | h_t, z_t) + ln p(slow critic's v_t | h_t, z_t))`
 # %% 3.1 Imagination
 def imagine(model: WorldModel, actor: Actor, feat: Tensor, horizon: int) -> tuple[Tensor, Tensor]:
-    """Eq. 3.1: start states [N, F] -> states [H+1, N, F], actions [H, N, A].
-    Every dream runs H steps. Steps after a predicted end get a small weight (Eq. 3.3)."""
+    """Eq. 3.1: start states [N, F] -> states [H+1, N, F], actions [H, N, A]."""
     feats, actions = [feat], []
     for t in range(horizon):
         actions.append(actor(feats[t]).sample())  # [N, A]
@@ -586,8 +582,7 @@ def update_behavior(agent: Agent, start: Tensor) -> dict[str, Tensor]:
     actor_loss = -(weight * objective).mean()  # [] Eq. 3.5
 
     # Critic
-    slow_value = agent.slow_critic(feat)  # [H, N]
-    cross_entropy = agent.critic.loss(feat, sg(returns), sg(slow_value))  # [H, N]
+    cross_entropy = agent.critic.loss(feat, sg(returns), sg(agent.slow_critic(feat)))  # [H, N]
     critic_loss = (weight * cross_entropy).mean()  # [] Eq. 3.6
     assert objective.shape == cross_entropy.shape == weight.shape
 
@@ -614,18 +609,8 @@ def updates_due(config: Config, step: int) -> int:
 
 def train(config: Config, agent: Agent | None = None) -> Path:
     """Train a new agent; or a given one, whose own config then replaces `config`."""
-    config = agent.config if agent else config
-    folder = Path(config.runs, f"{config.env}-{config.seed}".replace(":", "-").replace("/", "-"))
-    exists = (folder / "checkpoint.pt").exists()
-    if exists and not config.resume:
-        raise ValueError(f"{folder} exists: --resume or delete it, or change --seed or --runs")
-
-    torch.manual_seed(config.seed)
-    env = PixelEnv(config.env, config.action_repeat)
-    agent = agent or Agent(env.action_space, config)
-    replay, log = ReplayBuffer(device=config.device), Log(folder)
-    step, episode, updates = load_checkpoint(agent, replay, log) if exists else (0, 0, 0)
-    print(f"Results: {folder}. The same command with --resume goes on from a checkpoint.")
+    env, agent, replay, log, (step, episode, updates) = open_run(config, agent)
+    config = agent.config
 
     with env, tqdm(total=updates_due(config, config.steps), initial=updates, unit="update") as bar:
         while step < config.steps:
@@ -635,8 +620,7 @@ def train(config: Config, agent: Agent | None = None) -> Path:
             score, episode_start, metrics = 0.0, step, {}
 
             while not env.row["is_last"]:
-                # Act: draw an action, or repeat the last one to explore further. A repeat begins
-                # with 2 % (in the prefill with 75 %), and goes on with 75 %.
+                # Act: draw an action, or repeat the last one (in the prefill three times of four).
                 chance = 0.75 if repeat or step < config.prefill else 0.02
                 repeat = state is not None and torch.rand(()) < chance
                 action, state = agent.act(env.row["obs"], state, explore=True, repeat=repeat)
@@ -663,10 +647,27 @@ def train(config: Config, agent: Agent | None = None) -> Path:
                 log.write({"env/step": step} | evaluate(agent, config.episodes, config.seed))
                 log.draw()
                 save_checkpoint(agent, replay, log, step, episode, updates)
-    return folder
+    return log.folder
 
 
-# %% 4.2 Log and curves
+# %% 4.2 The beginning of a run, its log and curves
+def open_run(config: Config, agent: Agent | None) -> tuple:
+    """Environment, agent, replay, log; step, episode, updates so far. ValueError if it exists."""
+    config = agent.config if agent else config
+    folder = Path(config.runs, f"{config.env}-{config.seed}".replace(":", "-").replace("/", "-"))
+    exists = (folder / "checkpoint.pt").exists()
+    if exists and not config.resume:
+        raise ValueError(f"{folder} exists: --resume or delete it, or change --seed or --runs")
+
+    torch.manual_seed(config.seed)
+    env = PixelEnv(config.env, config.action_repeat)
+    agent = agent or Agent(env.action_space, config)
+    replay, log = ReplayBuffer(device=config.device), Log(folder)
+    progress = load_checkpoint(agent, replay, log) if exists else (0, 0, 0)
+    print(f"Results: {folder}. The same command with --resume goes on from a checkpoint.")
+    return env, agent, replay, log, progress
+
+
 class Log:
     """metrics.jsonl has a line for every episode and for every evaluation."""
 
@@ -728,8 +729,7 @@ def evaluate(agent: Agent, episodes: int = 3, seed: int = 0) -> dict[str, float]
         for _ in tqdm(range(episodes), "evaluation", leave=False):
             rows, _ = play(agent, env, next(unseen))
             returns.append(sum(row["reward"] for row in rows))
-        # CartPole pays 1 at every step. So rho needs dreams that reach beyond a fall, where 5.2
-        # counts the reward as 0. Random actions make good agents fall.
+        # Random actions make good agents fall. Rho needs falls: after them the reward is 0 (5.2).
         while sum(len(rows) for rows, _ in held_out) < 200 * episodes:
             held_out.append(play(agent, env, next(unseen), chance=0.02))
         metrics = dream_metrics(agent, held_out)
