@@ -78,17 +78,17 @@ class Config:
     classes: int = 8  # K, classes of each variable in z
     units: int = 128  # width of the hidden layers of every MLP
     unimix: float = 0.01  # share of the uniform distribution in z
-    free_nats: float = 0.1  # KL of a step, in nats, that is not penalised
+    free_nats: float = 0.1  # free bits: KL of a step, in nats, that is not penalised
     scale_dyn: float = 1.0  # weight of the KL that trains the prior
     scale_rep: float = 0.05  # weight of the KL that trains the posterior
     lr: float = 1.5e-3  # learning rate of the world model; falls to 0 in the last third
-    behavior_lr: float = 6e-3  # learning rate of actor and critic; falls as well
+    behavior_lr: float = 6e-3  # learning rate of actor and critic; falls in the last third, too
     starts: int = 32  # N, states of each batch from which dreams start
     horizon: int = 25  # H, imagined steps
     gamma: float = 0.99  # discount of a step
     lam: float = 0.95  # lambda of the lambda-return
-    entropy: float = 1.2e-2  # eta, weight of the actor's entropy; falls as well
-    critic_rate: float = 0.1  # how far the slow critic moves to the critic
+    entropy: float = 1.2e-2  # eta, weight of the actor's entropy; falls in the last third, too
+    critic_rate: float = 0.1  # how far the slow critic, a steadier copy, moves to the critic
     return_rate: float = 0.01  # rate of the running mean in Eq. 3.4; with 0 the scale is 1
     eval_every: int = 1_250  # steps between evaluations, each with a checkpoint
     episodes: int = 3  # episodes for eval/return; more are played for eval/reward_rho
@@ -96,8 +96,8 @@ class Config:
     def __post_init__(self):
         shares = ("unimix", "gamma", "lam", "critic_rate", "return_rate")
         for name, value in asdict(self).items():
-            lowest = 0 if isinstance(value, float | bool) or name in ("seed", "pretrain") else 1
-            highest = 1 if name in shares else 10**9
+            is_count = type(getattr(Config, name)) is int and name not in ("seed", "pretrain")
+            lowest, highest = int(is_count), 1 if name in shares else 10**9
             if not isinstance(value, str) and not lowest <= value <= highest:
                 raise ValueError(f"{name} must lie between {lowest} and {highest}, not {value}")
         if not self.batch_length <= self.prefill < self.steps:
@@ -131,14 +131,14 @@ def twohot_encode(x: Tensor, bins: Tensor) -> Tensor:
 def twohot_decode(logits: Tensor, bins: Tensor) -> Tensor:
     """Logits [..., bins] -> mean of the bins [...]."""
     terms = torch.softmax(logits, -1) * bins
-    # Bins -b and b, up to 4.85e8, are added first (each pair twice): equal weights give exactly 0.
+    # Bins -b and b, up to 4.85e8, are added first (each pair twice), so equal weights give 0.
     return (terms + terms.flip(-1)).sum(-1) / 2
 
 
 def init_weights(module: nn.Module) -> None:
-    """Cut normal weights of variance 1 / inputs (if transposed: 1 / outputs); zero biases."""
+    """Truncated normal weights of variance 1 / inputs (if transposed: 1 / outputs); zero biases."""
     if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
-        std = 1.1368 / module.weight[0].numel() ** 0.5  # a cut at 2 std divides it by 1.1368
+        std = 1.1368 / module.weight[0].numel() ** 0.5  # truncation at 2 std divides std by 1.1368
         nn.init.trunc_normal_(module.weight, 0.0, std, -2 * std, 2 * std)
         nn.init.zeros_(module.bias)
 
@@ -202,7 +202,7 @@ def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
 
 
 class RSSM(nn.Module):
-    """arXiv:1811.04551. Agent(rssm=...) takes another with these methods, `hidden`, `feat_size`."""
+    """arXiv:1811.04551. Agent(rssm=...) takes another (see recipes/lesson_parts.py)."""
 
     kl = staticmethod(kl_divergence)  # an RSSM with normal z, say, brings its own
 
@@ -243,12 +243,12 @@ class RSSM(nn.Module):
         return self.params(self.prior_net(h))
 
     def sample(self, probs: Tensor) -> Tensor:
-        """One-hot z [..., Z], through which gradients go straight to `probs`."""
-        # Faster than td: the first class whose cumulative probability is >= u.
+        """One-hot z [..., Z], straight-through: its gradient is handed on to `probs`."""
+        # The first class whose cumulative probability is >= u: faster than torch.distributions.
         u = torch.rand_like(probs[..., :1])
         drawn = (sg(probs).cumsum(-1) < u).sum(-1).clamp(max=self.shape[1] - 1)
         one_hot = nn.functional.one_hot(drawn, self.shape[1])
-        # Forward the bracket adds 0; backward it passes the gradient of the probabilities.
+        # Forward, the bracket is 0. Backward, it hands the gradient on to the probabilities.
         return (one_hot + (probs - sg(probs))).flatten(-2)
 
     def entropy(self, probs: Tensor) -> Tensor:
@@ -256,7 +256,7 @@ class RSSM(nn.Module):
         return td.OneHotCategorical(probs).entropy().sum(-1)
 
     def img_step(self, feat: Tensor, action: Tensor) -> Tensor:
-        """A step without a frame: the next (h, z), z from the prior."""
+        """A step of imagination, without a frame: the next (h, z), z from the prior."""
         h = self.recur(feat, action)
         return torch.cat([h, self.sample(self.prior(h))], -1)
 
@@ -350,7 +350,7 @@ class PixelEnv(gym.Wrapper):
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         self.where = f"{self.env_id}, episode with seed {seed}"
-        # With one seed, environment and random actions (5.1) would draw the same numbers.
+        # A seed of its own: random actions (5.1) must not repeat the environment's numbers.
         self.action_space.seed(None if seed is None else seed + 2**40)
         with explain(self.where):
             _, info = self.env.reset(seed=seed, options=options)
@@ -387,7 +387,7 @@ class PixelEnv(gym.Wrapper):
 
 # %% 1.6 The models: initialised, or given
 class Agent(nn.Module):
-    """World model, actor, critic. Encoder and RSSM may be given (recipes/earlier_lessons.py)."""
+    """World model (2.1), actor, critic. Encoder and RSSM may be given: recipes/earlier_lessons."""
 
     def __init__(self, action_space: gym.Space, config: Config, encoder=None, rssm=None):
         super().__init__()
@@ -399,7 +399,7 @@ class Agent(nn.Module):
             self.actor = Actor(feat_size, action_space, config.units)
             self.critic = Critic(feat_size, config.units, layers=2)
             self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
-            self.register_buffer("return_range", torch.zeros(2))  # of Eq. 3.4
+            self.register_buffer("return_range", torch.zeros(2))  # two percentiles, Eq. 3.4
             self.to(config.device)
 
         self.anneal = 1.0  # lowered in 4.1; 2.2 sets learning rates to anneal * lr, 3.3 scales eta
@@ -410,7 +410,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def act(self, obs: np.ndarray, state: tuple | None = None, explore=False, repeat=False):
-        """Frame uint8 [64, 64, 3], last state -> action for env, new state: ((h, z), action).
+        """Frame uint8 [64, 64, 3], last state -> action, new state. A state is ((h, z), action).
         The action is the most likely one, or drawn (explore), or the last one again (repeat)."""
         model = self.world_model
         obs = torch.as_tensor(obs, device=self.config.device)[None]
@@ -453,9 +453,9 @@ class ReplayBuffer:
 # Eq. 2.6 `loss = mean over B, T of recon + reward + cont + scale_dyn * dyn + scale_rep * rep`
 # - Eq. 2.1 `recon = sum over pixels of (o_t / 255 - decoder(h_t, z_t))^2`
 # - Eq. 2.2 `reward = -ln p(r_t | h_t, z_t)`, a cross-entropy with the two-hot reward
-# - Eq. 2.3 `cont = -ln p(c_t | h_t, z_t)`, with `c_t = 1 - terminated_t`, not truncated
+# - Eq. 2.3 `cont = -ln p(c_t | h_t, z_t)`, binary cross-entropy; `c_t = 1 - terminated_t`
 # - Eq. 2.4 `dyn = max(free, KL(sg(q) || p))`: the prior learns to predict the posterior
-# - Eq. 2.5 `rep = max(free, KL(q || sg(p)))`: the posterior becomes easier to predict
+# - Eq. 2.5 `rep = max(free, KL(q || sg(p)))`: the posterior gets easier to predict (KL balancing)
 # %% 2.1 World model loss
 class WorldModel(nn.Module):
     """Encoder, RSSM, decoder and heads: the parts that learn from real rows."""
@@ -531,7 +531,7 @@ def update_world_model(agent: Agent, batch: dict[str, Tensor]) -> tuple[Tensor, 
 # - Eq. 3.3 `w_t = c_0 (gamma c_1) ... (gamma c_t)`: discounted chance to be alive
 # - Eq. 3.4 `scale = max(1, running mean of (95th - 5th percentile of R))`
 # - Eq. 3.5 `actor loss = -mean w_t (sg((R_t - v_t) / scale) ln pi(a_t | h_t, z_t) + eta entropy)`
-# - Eq. 3.6 `critic loss = -mean w_t (ln p(R_t | h_t, z_t) + ln p(slow critic's v_t | h_t, z_t))`
+# - Eq. 3.6 `critic loss = -mean w_t (ln v(R_t | h_t, z_t) + ln v(slow critic's v_t | h_t, z_t))`
 # %% 3.1 Imagination
 def imagine(model: WorldModel, actor: Actor, feat: Tensor, horizon: int) -> tuple[Tensor, Tensor]:
     """Eq. 3.1: start states [N, F] -> states [H+1, N, F], actions [H, N, A]."""
@@ -557,7 +557,7 @@ def update_behavior(agent: Agent, start: Tensor) -> dict[str, Tensor]:
     """Dream from states [N, F]; then one step of the actor, one of the critic."""
     config, model = agent.config, agent.world_model
 
-    # Dream, without gradients: each sg from here to the losses only marks what is constant.
+    # Dream, without gradients. So each `sg` below only marks what is constant in the losses.
     with torch.no_grad():
         feat, action = imagine(model, agent.actor, start, config.horizon)  # [H+1, N, F], [H, N, A]
         reward, cont = model.predict(feat)  # each [H+1, N]
@@ -573,7 +573,7 @@ def update_behavior(agent: Agent, start: Tensor) -> dict[str, Tensor]:
     low, high = agent.return_range.lerp_(percentiles, config.return_rate)  # the running mean
     scale = (high - low).clamp(min=1.0)  # [] Eq. 3.4
 
-    # Actor: REINFORCE with the baseline v_t
+    # Actor: REINFORCE with the baseline v_t, so no gradient has to pass through the dream
     policy = agent.actor(feat)
     entropy = policy.entropy()  # [H, N]
     advantage = sg((returns - value[:-1]) / scale)  # [H, N]
@@ -609,18 +609,19 @@ def updates_due(config: Config, step: int) -> int:
 
 def train(config: Config, agent: Agent | None = None) -> Path:
     """Train a new agent; or a given one, whose own config then replaces `config`."""
+    config = agent.config if agent else config
     env, agent, replay, log, (step, episode, updates) = open_run(config, agent)
-    config = agent.config
 
     with env, tqdm(total=updates_due(config, config.steps), initial=updates, unit="update") as bar:
         while step < config.steps:
-            env.reset(seed=2 * (1_000_000 * config.seed + episode))  # even; evaluations: odd
+            env.reset(seed=2_000_000 * config.seed + 2 * episode)  # even; evaluations: odd
             replay.add(env.row)
             state, repeat = None, False
             score, episode_start, metrics = 0.0, step, {}
 
             while not env.row["is_last"]:
-                # Act: draw an action, or repeat the last one (in the prefill three times of four).
+                # Act: draw an action, or repeat the last one to explore further. A repeat begins
+                # with a chance of 2 % (in the prefill 75 %), and goes on with 75 %.
                 chance = 0.75 if repeat or step < config.prefill else 0.02
                 repeat = state is not None and torch.rand(()) < chance
                 action, state = agent.act(env.row["obs"], state, explore=True, repeat=repeat)
@@ -652,8 +653,8 @@ def train(config: Config, agent: Agent | None = None) -> Path:
 
 # %% 4.2 The beginning of a run, its log and curves
 def open_run(config: Config, agent: Agent | None) -> tuple:
-    """Environment, agent, replay, log; step, episode, updates so far. ValueError if it exists."""
-    config = agent.config if agent else config
+    """Environment, agent, replay, log; step, episode, updates so far. ValueError if the run exists
+    and is not to be resumed."""
     folder = Path(config.runs, f"{config.env}-{config.seed}".replace(":", "-").replace("/", "-"))
     exists = (folder / "checkpoint.pt").exists()
     if exists and not config.resume:
@@ -729,7 +730,7 @@ def evaluate(agent: Agent, episodes: int = 3, seed: int = 0) -> dict[str, float]
         for _ in tqdm(range(episodes), "evaluation", leave=False):
             rows, _ = play(agent, env, next(unseen))
             returns.append(sum(row["reward"] for row in rows))
-        # Random actions make good agents fall. Rho needs falls: after them the reward is 0 (5.2).
+        # Rho needs rewards that vary. Random actions let good episodes end early, then r = 0 (5.2).
         while sum(len(rows) for rows, _ in held_out) < 200 * episodes:
             held_out.append(play(agent, env, next(unseen), chance=0.02))
         metrics = dream_metrics(agent, held_out)
@@ -743,10 +744,9 @@ def windows(rows: list[dict], feats: list[Tensor], length: int) -> tuple[Tensor,
     """Every fourth (h, z) of an episode of `play`, and `length` actions and rewards after each."""
     # Beyond the end the last action repeats. The reward is 0 if terminated, else unknown (nan).
     after = rows[-1] | {"reward": np.float32(0 if rows[-1]["terminated"] else np.nan)}
-    following = rows[1:] + (length - 1) * [after]  # [i] holds the action taken in feats[i]
-    parts = [stack_rows(following[i : i + length]) for i in range(0, len(feats), 4)]
-    action = torch.stack([part["prev_action"] for part in parts])  # [N, length, A]
-    reward = torch.stack([part["reward"] for part in parts])  # [N, length]
+    columns = stack_rows(rows[1:] + (length - 1) * [after])  # row i: the action taken in feats[i]
+    action = columns["prev_action"].unfold(0, length, 4).mT  # [N, length, A]
+    reward = columns["reward"].unfold(0, length, 4)  # [N, length]
     return torch.cat(feats[::4]), action, reward
 
 
@@ -783,7 +783,7 @@ def reward_rho(dreamed: Tensor, real: Tensor) -> float:
 # %% 6 Save Checkpoint
 @explain("the checkpoint cannot be written")  # around the whole function
 def save_checkpoint(agent: Agent, replay: ReplayBuffer, log: Log, *progress: int) -> None:
-    """Save a run, but not a GPU's random state. A kill leaves the old file or the new one."""
+    """Save a run, but not a GPU's random state. If killed, the old file or the new one remains."""
     state = {"config": asdict(agent.config), "agent": agent.state_dict(), "progress": progress}
     state["optimizers"] = {part: x.state_dict() for part, x in agent.optimizers.items()}
     state |= {"rows": stack_rows(replay.rows), "lines": log.lines, "random": torch.get_rng_state()}
@@ -793,7 +793,7 @@ def save_checkpoint(agent: Agent, replay: ReplayBuffer, log: Log, *progress: int
 
 
 def read_checkpoint(path: str | Path, mmap: bool = False) -> dict:
-    """The checkpoint in a folder or file; ValueError if damaged. mmap: unused rows stay on disk."""
+    """The checkpoint in a folder or file; ValueError if damaged. mmap: rows stay out of memory."""
     with explain(f"{path} holds no checkpoint that can be used"):
         path = Path(path, "checkpoint.pt") if Path(path).is_dir() else path
         with zipfile.ZipFile(path) as file:
@@ -811,13 +811,13 @@ def load_checkpoint(agent: Agent, replay: ReplayBuffer, log: Log) -> tuple[int, 
             optimizer.load_state_dict(state["optimizers"][part])
     for i in range(len(state["rows"]["obs"])):
         replay.add({name: x[i].numpy().copy() for name, x in state["rows"].items()})
-    log.lines = state["lines"]  # later ones vanish: the next line rewrites the file
+    log.lines = state["lines"]  # `write` then drops later lines from the file
     torch.set_rng_state(state["random"])
     return state["progress"]
 
 
 def load_agent(path: str | Path, device: str = "cpu", encoder=None, rssm=None) -> Agent:
-    """The agent in a run's folder or checkpoint. What was given to it has to be given again."""
+    """The agent in a run's folder or checkpoint. A given encoder or RSSM is given again."""
     state = read_checkpoint(path, mmap=True)
     with explain(f"the agent of {path}"), PixelEnv(state["config"]["env"]) as env:
         config = Config(**state["config"] | {"device": device})

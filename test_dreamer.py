@@ -870,6 +870,15 @@ def test_the_file_runs_as_a_program_and_every_metric_is_explained(tmp_path, monk
     assert not [key for key in keys if f"`{key}`" not in README]
 
 
+@pytest.mark.parametrize("name", [k for k, v in vars(Config()).items() if not isinstance(v, str)])
+def test_a_float_may_be_given_as_an_integer_and_a_count_is_at_least_one(name):
+    if isinstance(getattr(Config, name), float) or name in ("resume", "seed", "pretrain"):
+        assert getattr(Config(**{name: 0}), name) == 0
+    else:
+        with pytest.raises(ValueError, match=f"{name} must lie between 1 and"):
+            Config(**{name: 0})
+
+
 BAD_INPUT = {
     "--stepz 3": "Unrecognized options: --stepz",
     "--steps many": "invalid literal for int",
