@@ -7,7 +7,7 @@ Begin with the loop in 4.1 and the agent in 1.6. Weights of P01 and P02: recipes
 
 Shapes    B batch   T time   N starts of imagination   H horizon   A action   E embedding
           D size of h   S groups of K classes   Z = S * K size of z   feat = (h, z)   F = D + Z
-          Real sequences are [B, T, ...]. Section 3 imagines, time first: [H+1, N, ...].
+          Real sequences are [B, T, ...]. Dreams have the time first: [H+1, N, ...].
 
 Time      row t : prev_action a_{t-1} | obs o_t | reward r_t | terminated, is_first, is_last
           Eq. 1.1   h_t = f(h_{t-1}, z_{t-1}, a_{t-1})   recurrent (papers call h deter, z stoch)
@@ -653,8 +653,7 @@ def train(config: Config, agent: Agent | None = None) -> Path:
 
 # %% 4.2 The beginning of a run, its log and curves
 def open_run(config: Config, agent: Agent | None) -> tuple:
-    """Environment, agent, replay, log; step, episode, updates so far. ValueError if the run exists
-    and is not to be resumed."""
+    """Environment, agent, replay, log; step, episode, updates so far. ValueError: a run exists."""
     folder = Path(config.runs, f"{config.env}-{config.seed}".replace(":", "-").replace("/", "-"))
     exists = (folder / "checkpoint.pt").exists()
     if exists and not config.resume:
@@ -745,8 +744,8 @@ def windows(rows: list[dict], feats: list[Tensor], length: int) -> tuple[Tensor,
     # Beyond the end the last action repeats. The reward is 0 if terminated, else unknown (nan).
     after = rows[-1] | {"reward": np.float32(0 if rows[-1]["terminated"] else np.nan)}
     columns = stack_rows(rows[1:] + (length - 1) * [after])  # row i: the action taken in feats[i]
-    action = columns["prev_action"].unfold(0, length, 4).mT  # [N, length, A]
-    reward = columns["reward"].unfold(0, length, 4)  # [N, length]
+    action = columns["prev_action"].unfold(0, length, 4).permute(2, 0, 1)  # [length, N, A]
+    reward = columns["reward"].unfold(0, length, 4).T  # [length, N]
     return torch.cat(feats[::4]), action, reward
 
 
@@ -754,15 +753,16 @@ def dream_metrics(agent: Agent, held_out: list[tuple[list, list]], H: int = 15) 
     """Eq. 5.1 to 5.3, in dreams of H steps from every fourth row of held-out episodes."""
     model = agent.world_model
     parts = [windows(rows, feats, H) for rows, feats in held_out]
-    start, action, real = (torch.cat(part) for part in zip(*parts, strict=True))
+    starts, actions, rewards = zip(*parts, strict=True)
+    start, action, real = torch.cat(starts), torch.cat(actions, 1), torch.cat(rewards, 1)
 
     # The dream with the actions that were really taken
-    action = action.to(start.device)  # [N, H, A]
+    action = action.to(start.device)  # [H, N, A]
     feats = [start]  # each [N, F]
     for t in range(H):
-        feats.append(model.rssm.img_step(feats[t], action[:, t]))
-    reward, cont = model.predict(torch.stack(feats[1:], 1))  # each [N, H], for k = 1 ... H
-    reward[:, 1:] *= cont[:, :-1].cumprod(1)  # c'_1 ... c'_{k-1} r'_k
+        feats.append(model.rssm.img_step(feats[t], action[t]))
+    reward, cont = model.predict(torch.stack(feats[1:]))  # each [H, N], for k = 1 ... H
+    reward[1:] *= cont[:-1].cumprod(0)  # c'_1 ... c'_{k-1} r'_k
     metrics = {"reward_rho": reward_rho(reward, real)}
 
     # Dreams in which the actor acts

@@ -1215,7 +1215,7 @@ def test_the_metrics_of_dreams_are_those_of_the_equations(monkeypatch):
                 latent.append(-3 * (p * np.log(p)).sum())
                 logits = torch.tensor([0.1, 0.0, -0.1]) * (h - 1)
                 policy.append(Categorical(logits=logits).entropy().item())
-    dreamed, real = pairs
+    dreamed, real = (x.T for x in pairs)
     assert dreamed.shape == real.shape == (dreams, H) == (4 * (3 + 3 + 1), 6)
     assert len(x) == 4 * (3 * 6 + (6 + 6 + 2) + 4)  # starts 0, 4 and 8 of 10; 0 of 4
     assert real[real.isfinite()].tolist() == y
@@ -1253,7 +1253,7 @@ def test_evaluation_is_a_function_of_its_seed_and_what_does_not_exist_is_left_ou
     register("Still", ends_by="truncated", gives=dict(step=lambda r, *ends: (1.0, *ends)))
     agent = new_agent(space=Discrete(3, start=5), env="Still-v0")
     lengths = set()
-    spy(monkeypatch, dreamer, "reward_rho", lambda dreamed, real: lengths.add(dreamed.shape[1]))
+    spy(monkeypatch, dreamer, "reward_rho", lambda dreamed, real: lengths.add(len(dreamed)))
     torch.manual_seed(1)
     state = torch.get_rng_state()
     metrics = evaluate(agent, 1, seed=5)
