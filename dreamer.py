@@ -2,7 +2,7 @@
 
     python dreamer.py --device cpu      (in a notebook: run all cells)
 
-Sections carry the lesson's numbers. It is DreamerV3 (arXiv:2301.04104), changed as README.md says.
+This is DreamerV3 (arXiv:2301.04104), changed as README.md says. Sections have the lesson's numbers.
 Begin with the loop in 4.1 and the agent in 1.6. Weights of P01 and P02: recipes/earlier_lessons.py.
 
 Shapes    B batch   T time   N starts of imagination   H horizon   A action   E embedding
@@ -96,8 +96,8 @@ class Config:
     def __post_init__(self):
         shares = ("unimix", "gamma", "lam", "critic_rate", "return_rate")
         for name, value in asdict(self).items():
-            is_count = type(getattr(Config, name)) is int and name not in ("seed", "pretrain")
-            lowest, highest = int(is_count), 1 if name in shares else 10**9
+            lowest = int(type(getattr(Config, name)) is int and name not in ("seed", "pretrain"))
+            highest = 1 if name in shares else 10**9
             if not isinstance(value, str) and not lowest <= value <= highest:
                 raise ValueError(f"{name} must lie between {lowest} and {highest}, not {value}")
         if not self.batch_length <= self.prefill < self.steps:
@@ -325,7 +325,7 @@ class Actor(nn.Module):
 def small_frame(image) -> np.ndarray:
     """A gray or color frame, integers to 255 or floats to 1 -> uint8 [64, 64, 3]."""
     frame = np.squeeze(np.asarray(image))
-    frame = 255 * frame if frame.dtype.kind in "fb" else frame  # floats and booleans end at 1
+    frame = 255 * frame if frame.dtype.kind in "fb" else frame  # there 1 is white
     is_bytes = frame.dtype == np.uint8  # then all values fit, without a look at every pixel
     if frame.ndim not in (2, 3) or not (is_bytes or 0 <= frame.min() <= frame.max() <= 255):
         raise ValueError(f"render() gave {type(image).__name__} {frame.shape}, no frame in 0...255")
@@ -653,7 +653,7 @@ def train(config: Config, agent: Agent | None = None) -> Path:
 
 # %% 4.2 The beginning of a run, its log and curves
 def open_run(config: Config, agent: Agent | None) -> tuple:
-    """Environment, agent, replay, log; step, episode, updates so far. ValueError: a run exists."""
+    """Environment, agent, replay, log; step, episode, updates so far. It overwrites no run."""
     folder = Path(config.runs, f"{config.env}-{config.seed}".replace(":", "-").replace("/", "-"))
     exists = (folder / "checkpoint.pt").exists()
     if exists and not config.resume:
@@ -729,7 +729,7 @@ def evaluate(agent: Agent, episodes: int = 3, seed: int = 0) -> dict[str, float]
         for _ in tqdm(range(episodes), "evaluation", leave=False):
             rows, _ = play(agent, env, next(unseen))
             returns.append(sum(row["reward"] for row in rows))
-        # Rho needs rewards that vary. Random actions let good episodes end early, then r = 0 (5.2).
+        # With equal rewards rho needs ends, after which r is 0 (5.2). Random actions cause them.
         while sum(len(rows) for rows, _ in held_out) < 200 * episodes:
             held_out.append(play(agent, env, next(unseen), chance=0.02))
         metrics = dream_metrics(agent, held_out)
@@ -754,10 +754,10 @@ def dream_metrics(agent: Agent, held_out: list[tuple[list, list]], H: int = 15) 
     model = agent.world_model
     parts = [windows(rows, feats, H) for rows, feats in held_out]
     starts, actions, rewards = zip(*parts, strict=True)
-    start, action, real = torch.cat(starts), torch.cat(actions, 1), torch.cat(rewards, 1)
+    start, real = torch.cat(starts), torch.cat(rewards, 1)  # [N, F], [H, N]
 
     # The dream with the actions that were really taken
-    action = action.to(start.device)  # [H, N, A]
+    action = torch.cat(actions, 1).to(start.device)  # [H, N, A]
     feats = [start]  # each [N, F]
     for t in range(H):
         feats.append(model.rssm.img_step(feats[t], action[t]))
@@ -817,7 +817,7 @@ def load_checkpoint(agent: Agent, replay: ReplayBuffer, log: Log) -> tuple[int, 
 
 
 def load_agent(path: str | Path, device: str = "cpu", encoder=None, rssm=None) -> Agent:
-    """The agent in a run's folder or checkpoint. A given encoder or RSSM is given again."""
+    """The agent in a run's folder or checkpoint. If encoder or RSSM were given, give them again."""
     state = read_checkpoint(path, mmap=True)
     with explain(f"the agent of {path}"), PixelEnv(state["config"]["env"]) as env:
         config = Config(**state["config"] | {"device": device})
