@@ -9,7 +9,7 @@ Shapes    B batch   T time   N starts of imagination   H horizon   A action   E 
           D size of h   S groups of K classes   Z = S * K size of z   feat = (h, z)   F = D + Z
           Real sequences are [B, T, ...]. Dreams have the time first: [H+1, N, ...].
 
-Time      row t : prev_action a_{t-1} | obs o_t | reward r_t | terminated, is_first, is_last
+Time      row t : prev_feat, prev_action a_{t-1} | obs o_t | reward r_t | terminated, is_first, is_last
           Eq. 1.1   h_t = f(h_{t-1}, z_{t-1}, a_{t-1})   recurrent (papers call h deter, z stoch)
           Eq. 1.2   z_t ~ q(. | h_t, o_t)                posterior: has seen the frame
           Eq. 1.3   z_t ~ p(. | h_t)                     prior: has not, so it can dream
@@ -69,7 +69,8 @@ class Config:
     action_repeat: int = 1  # environment steps for which an action is held
     prefill: int = 1_500  # steps of the untrained actor before the first update
     pretrain: int = 500  # updates of the world model alone
-    train_ratio: float = 56.0  # replayed steps for each step after the prefill
+    train_ratio: float = 32.0  # replayed steps for each step after the prefill
+    posttrain: int = 300  # updates of the behavior alone, after the last step
     batch_size: int = 8  # B, sequences in a batch
     batch_length: int = 16  # T, steps in a sequence
     depth: int = 8  # the CNN has 2 * depth and 8 * depth channels
@@ -80,23 +81,23 @@ class Config:
     unimix: float = 0.01  # share of the uniform distribution in z
     free_nats: float = 0.1  # free bits: KL of a step, in nats, that is not penalised
     scale_dyn: float = 1.0  # weight of the KL that trains the prior
-    scale_rep: float = 0.05  # weight of the KL that trains the posterior
-    lr: float = 1.5e-3  # learning rate of the world model; falls to 0 in the last third
-    behavior_lr: float = 6e-3  # learning rate of actor and critic; falls in the last third, too
-    starts: int = 32  # N, states of each batch from which dreams start
+    scale_rep: float = 0.1  # weight of the KL that trains the posterior
+    lr: float = 2.5e-3  # learning rate of the world model; falls to 0 in the last third
+    behavior_lr: float = 6e-3  # learning rate of actor and critic; falls to 0 in posttrain
     horizon: int = 25  # H, imagined steps
     gamma: float = 0.99  # discount of a step
     lam: float = 0.95  # lambda of the lambda-return
-    entropy: float = 1.2e-2  # eta, weight of the actor's entropy; falls in the last third, too
+    entropy: float = 1.2e-2  # eta, weight of the actor's entropy; falls to 0 in posttrain
     critic_rate: float = 0.1  # how far the slow critic, a steadier copy, moves to the critic
     return_rate: float = 0.01  # rate of the running mean in Eq. 3.4; with 0 the scale is 1
     eval_every: int = 1_250  # steps between evaluations, each with a checkpoint
     episodes: int = 3  # episodes for eval/return; more are played for eval/reward_rho
 
     def __post_init__(self):
-        shares = ("unimix", "gamma", "lam", "critic_rate", "return_rate")
+        shares = "unimix gamma lam critic_rate return_rate".split()
         for name, value in asdict(self).items():
-            lowest = int(type(getattr(Config, name)) is int and name not in ("seed", "pretrain"))
+            counts = type(getattr(Config, name)) is int and not name.endswith(("seed", "train"))
+            lowest = 1 if counts else 0
             highest = 1 if name in shares else 10**9
             if not isinstance(value, str) and not lowest <= value <= highest:
                 raise ValueError(f"{name} must lie between {lowest} and {highest}, not {value}")
@@ -218,7 +219,7 @@ class RSSM(nn.Module):
         self.gates = nn.Sequential(nn.Linear(units + D, 3 * D), nn.LayerNorm(3 * D))
         self.apply(init_weights)
         self.prior_net = mlp(D, units, 1, Z)
-        self.post_net = mlp(D + embed_size, units, 1, Z)
+        self.post_net = mlp(D + embed_size, units, 1, Z, outscale=3.0)  # z is learned sooner
 
     def initial(self, batch: int) -> Tensor:
         """The state before an episode: zeros [batch, F]."""
@@ -243,7 +244,7 @@ class RSSM(nn.Module):
         return self.params(self.prior_net(h))
 
     def sample(self, probs: Tensor) -> Tensor:
-        """One-hot z [..., Z], straight-through: its gradient is handed on to `probs`."""
+        """One-hot z [..., Z]. Straight-through: its gradient is handed on to `probs`."""
         # The first class whose cumulative probability is >= u: faster than torch.distributions.
         u = torch.rand_like(probs[..., :1])
         drawn = (sg(probs).cumsum(-1) < u).sum(-1).clamp(max=self.shape[1] - 1)
@@ -266,12 +267,11 @@ class RSSM(nn.Module):
         post = self.params(self.post_net(torch.cat([h, embed], -1)))  # Eq. 1.2
         return torch.cat([h, self.sample(post)], -1), post
 
-    def observe(self, embed: Tensor, prev_action: Tensor, is_first: Tensor):
-        """Sequences [B, T, ...] -> (h, z) [B, T, F], posterior, prior [B, T, S, K].
-        Sequences start from a zero state, episodes from zero state and action."""
+    def observe(self, embed: Tensor, prev_action: Tensor, is_first: Tensor, feat: Tensor):
+        """Sequences [B, T, ...], and the states [B, F] before them -> states (h, z) [B, T, F],
+        posterior, prior [B, T, S, K]. Episodes start from zero state and action."""
         keep = (~is_first).float().unsqueeze(-1)  # [B, T, 1]
-        prev_action = keep * prev_action
-        feat, feats, posts = self.initial(len(embed)), [], []
+        prev_action, feats, posts = keep * prev_action, [], []
         for t in range(embed.shape[1]):
             feat, post = self.obs_step(keep[:, t] * feat, prev_action[:, t], embed[:, t])
             feats.append(feat)
@@ -342,8 +342,7 @@ class PixelEnv(gym.Wrapper):
             env = gym.make(env_id, render_mode="rgb_array", disable_env_checker=True)
             if env.spec.max_episode_steps is None:  # evaluations have to end
                 env = gym.wrappers.TimeLimit(env, 1_000)
-            self.discrete = isinstance(env.action_space, Discrete)
-            if not self.discrete:  # RescaleAction refuses all but a bounded Box
+            if not isinstance(env.action_space, Discrete):  # it refuses all but a bounded Box
                 env = gym.wrappers.RescaleAction(env, -1, 1)
             super().__init__(env)
         self.observation_space = Box(0, 255, (64, 64, 3), np.uint8)
@@ -358,7 +357,7 @@ class PixelEnv(gym.Wrapper):
         return self.row["obs"], info
 
     def step(self, action):
-        if not self.discrete:
+        if isinstance(self.action_space, Box):
             action = np.clip(action, -1, 1)
         total = 0.0
         with explain(self.where):
@@ -375,14 +374,9 @@ class PixelEnv(gym.Wrapper):
         if not np.isfinite([reward, *flags]).all():
             raise ValueError(f"step() gave {reward=}, {terminated=}, {truncated=}")
 
-        self.row = {
-            "obs": small_frame(self.env.render()),
-            "prev_action": np.float32(action),
-            "reward": np.float32(reward),
-            "terminated": bool(terminated),
-            "is_first": is_first,
-            "is_last": bool(terminated or truncated),
-        }
+        self.row = {"obs": small_frame(self.env.render()), "prev_action": np.float32(action)}
+        self.row |= {"reward": np.float32(reward), "terminated": bool(terminated)}
+        self.row |= {"is_first": is_first, "is_last": bool(terminated or truncated)}
 
 
 # %% 1.6 The models: initialised, or given
@@ -402,7 +396,6 @@ class Agent(nn.Module):
             self.register_buffer("return_range", torch.zeros(2))  # two percentiles, Eq. 3.4
             self.to(config.device)
 
-        self.anneal = 1.0  # lowered in 4.1; 2.2 sets learning rates to anneal * lr, 3.3 scales eta
         self.optimizers = {}
         for part in ("world_model", "actor", "critic"):
             weights = [x for x in getattr(self, part).parameters() if x.requires_grad]
@@ -412,14 +405,12 @@ class Agent(nn.Module):
     def act(self, obs: np.ndarray, state: tuple | None = None, explore=False, repeat=False):
         """Frame uint8 [64, 64, 3], last state -> action, new state. A state is ((h, z), action).
         The action is the most likely one, or drawn (explore), or the last one again (repeat)."""
-        model = self.world_model
-        obs = torch.as_tensor(obs, device=self.config.device)[None]
+        model, obs = self.world_model, torch.as_tensor(obs, device=self.config.device)[None]
         if state is None:  # (h, z) [1, F] and the action [1, A] before an episode
             state = model.rssm.initial(1), obs.new_zeros(1, flatdim(self.action_space)).float()
-        feat, _ = model.rssm.obs_step(*state, model.encoder(obs))
 
-        policy = self.actor(feat)
-        action = policy.sample() if explore else policy.mode
+        feat, _ = model.rssm.obs_step(*state, model.encoder(obs))
+        action = self.actor(feat).sample() if explore else self.actor(feat).mode
         action = state[1] if repeat else action
         return unflatten(self.action_space, action[0].cpu().numpy()), (feat, action)
 
@@ -436,16 +427,23 @@ class ReplayBuffer:
     def __init__(self, capacity: int = 100_000, device: str = "cpu"):
         self.capacity, self.device, self.rows = capacity, device, []
 
-    def add(self, row: dict) -> None:
-        self.rows.append(row)
+    def add(self, row: dict, prev_feat: Tensor) -> None:
+        """Append a row, and the state (h, z) [1, F] before it."""
+        self.rows.append(row | {"prev_feat": prev_feat[0].cpu().numpy()})
         del self.rows[: -self.capacity]
 
     def sample(self, batch_size: int, length: int) -> dict[str, Tensor]:
         """Sequences [B, T, ...] that start at the later of two random rows: new ones count more."""
         starts = torch.randint(len(self.rows) - length + 1, (2, batch_size)).amax(0)
-        rows = [self.rows[start + t] for start in starts.tolist() for t in range(length)]
-        columns = stack_rows(rows)  # [B * T, ...]
+        self.sampled = [start + t for start in starts.tolist() for t in range(length)]
+        columns = stack_rows([self.rows[i] for i in self.sampled])  # [B * T, ...]
         return {name: x.unflatten(0, (-1, length)).to(self.device) for name, x in columns.items()}
+
+    def refresh(self, feat: Tensor) -> None:
+        """The new states [B, T, F] of the last sample replace those before the next rows."""
+        for i, x in zip(self.sampled, feat.flatten(0, 1).cpu().numpy(), strict=True):
+            if i + 1 < len(self.rows):
+                self.rows[i + 1]["prev_feat"] = x.copy()
 
 
 # %% [markdown]
@@ -477,7 +475,8 @@ class WorldModel(nn.Module):
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, dict]:
         """Rows [B, T, ...] -> loss [], states (h, z) [B, T, F], metrics."""
         embed = self.encoder(batch["obs"])  # [B, T, E]
-        feat, post, prior = self.rssm.observe(embed, batch["prev_action"], batch["is_first"])
+        inputs = batch["prev_action"], batch["is_first"], batch["prev_feat"][:, 0]
+        feat, post, prior = self.rssm.observe(embed, *inputs)
         frame = self.decoder(feat)  # [B, T, 64, 64, 3]
         error = nn.functional.mse_loss(frame, batch["obs"] / 255, reduction="none")
         goes_on = td.Bernoulli(logits=self.cont_head(feat).squeeze(-1))
@@ -498,12 +497,12 @@ class WorldModel(nn.Module):
 
 
 # %% 2.2 World model update step
-def gradient_step(agent: Agent, part: str, loss: Tensor) -> Tensor:
+def gradient_step(agent: Agent, part: str, loss: Tensor, anneal: float = 1.0) -> Tensor:
     """One Adam step on the weights of one part: no other weight moves."""
     optimizer = agent.optimizers[part]
     weights = optimizer.param_groups[0]["params"]
     lr = agent.config.lr if part == "world_model" else agent.config.behavior_lr
-    optimizer.param_groups[0]["lr"] = agent.anneal * lr
+    optimizer.param_groups[0]["lr"] = anneal * lr
 
     optimizer.zero_grad()
     loss.backward(inputs=weights)  # no gradient for any other part
@@ -513,14 +512,12 @@ def gradient_step(agent: Agent, part: str, loss: Tensor) -> Tensor:
     return norm
 
 
-def update_world_model(agent: Agent, batch: dict[str, Tensor]) -> tuple[Tensor, dict]:
-    """One step on rows [B, T, ...] -> states to dream from [N, F], metrics."""
+def update_world_model(agent: Agent, batch: dict[str, Tensor], anneal: float = 1.0):
+    """One step on rows [B, T, ...] -> states (h, z) [B, T, F], metrics."""
     loss, feat, metrics = agent.world_model.loss(batch)
-    metrics["wm/grad_norm"] = gradient_step(agent, "world_model", loss)
-
-    feat = sg(feat).flatten(0, 1)  # [B*T, F]
-    chosen = torch.randperm(len(feat))[: agent.config.starts]
-    return feat[chosen], metrics
+    if anneal > 0:
+        metrics["wm/grad_norm"] = gradient_step(agent, "world_model", loss, anneal)
+    return sg(feat), metrics
 
 
 # %% [markdown]
@@ -553,7 +550,7 @@ def lambda_return(reward: Tensor, value: Tensor, cont: Tensor, gamma: float, lam
 
 
 # %% 3.3 Actor and critic losses, behavior update step
-def update_behavior(agent: Agent, start: Tensor) -> dict[str, Tensor]:
+def update_behavior(agent: Agent, start: Tensor, anneal: float = 1.0) -> dict[str, Tensor]:
     """Dream from states [N, F]; then one step of the actor, one of the critic."""
     config, model = agent.config, agent.world_model
 
@@ -567,8 +564,7 @@ def update_behavior(agent: Agent, start: Tensor) -> dict[str, Tensor]:
     # Returns
     returns = lambda_return(reward, value, cont, config.gamma, config.lam)  # [H, N]
     # A start can be terminated: then c_0 is near 0, and its dream hardly counts.
-    factors = torch.cat([cont[:1], config.gamma * cont[1:-1]])  # [H, N]
-    weight = sg(factors.cumprod(0))  # [H, N] Eq. 3.3
+    weight = sg(torch.cat([cont[:1], config.gamma * cont[1:-1]]).cumprod(0))  # [H, N] Eq. 3.3
     percentiles = torch.quantile(returns, returns.new_tensor([0.05, 0.95]))  # [2]
     low, high = agent.return_range.lerp_(percentiles, config.return_rate)  # the running mean
     scale = (high - low).clamp(min=1.0)  # [] Eq. 3.4
@@ -577,7 +573,7 @@ def update_behavior(agent: Agent, start: Tensor) -> dict[str, Tensor]:
     policy = agent.actor(feat)
     entropy = policy.entropy()  # [H, N]
     advantage = sg((returns - value[:-1]) / scale)  # [H, N]
-    eta = agent.anneal * config.entropy
+    eta = anneal * config.entropy
     objective = advantage * policy.log_prob(sg(action)) + eta * entropy  # [H, N]
     actor_loss = -(weight * objective).mean()  # [] Eq. 3.5
 
@@ -586,8 +582,8 @@ def update_behavior(agent: Agent, start: Tensor) -> dict[str, Tensor]:
     critic_loss = (weight * cross_entropy).mean()  # [] Eq. 3.6
     assert objective.shape == cross_entropy.shape == weight.shape
 
-    gradient_step(agent, "actor", actor_loss)
-    gradient_step(agent, "critic", critic_loss)
+    gradient_step(agent, "actor", actor_loss, anneal)
+    gradient_step(agent, "critic", critic_loss, anneal)
     for slow, fast in zip(agent.slow_critic.parameters(), agent.critic.parameters(), strict=True):
         slow.lerp_(sg(fast), config.critic_rate)  # slow <- (1 - rate) slow + rate fast
 
@@ -600,42 +596,54 @@ def update_behavior(agent: Agent, start: Tensor) -> dict[str, Tensor]:
 # # Section 4: Training Loop
 # %% 4.1 The training loop
 def updates_due(config: Config, step: int) -> int:
-    """Updates due by this step: by default 500 at 1,500, then 7 every 16 steps."""
+    """Updates due by this step: by default 500 at 1,500, then one every 4 steps, at last 300."""
     if step < config.prefill:
         return 0
     replayed = (min(step, config.steps) - config.prefill) * config.train_ratio
-    return config.pretrain + int(replayed / (config.batch_size * config.batch_length))
+    due = config.pretrain + int(replayed / (config.batch_size * config.batch_length))
+    return due + (config.posttrain if step >= config.steps else 0)
+
+
+def schedule(config: Config, step: int, updates: int) -> tuple[float, float]:
+    """What the learning rates are multiplied with: the world model's, the behavior's."""
+    last_third = 3 * (config.steps - step) / (config.steps - config.prefill)
+    left = updates_due(config, config.steps) - updates  # posttrain begins when 300 are left
+    warm_up = (updates + 1) / 200
+    return max(0.0, min(warm_up, 1.0, last_third)), min(1.0, left / max(1, config.posttrain))
 
 
 def train(config: Config, agent: Agent | None = None) -> Path:
     """Train a new agent; or a given one, whose own config then replaces `config`."""
     config = agent.config if agent else config
-    env, agent, replay, log, (step, episode, updates) = open_run(config, agent)
+    env, agent, replay, log, (step, episode) = open_run(config, agent)
+    updates = updates_due(config, step)
 
     with env, tqdm(total=updates_due(config, config.steps), initial=updates, unit="update") as bar:
         while step < config.steps:
             env.reset(seed=2_000_000 * config.seed + 2 * episode)  # even; evaluations: odd
-            replay.add(env.row)
+            replay.add(env.row, agent.world_model.rssm.initial(1))
             state, repeat = None, False
-            score, episode_start, metrics = 0.0, step, {}
+            score, begin, metrics = 0.0, step, {}
+            # Repeats explore further. They are frequent in every other episode of the prefill.
+            chance = 0.75 if step < config.prefill and episode % 2 else 0.02
 
             while not env.row["is_last"]:
-                # Act: draw an action, or repeat the last one to explore further. A repeat begins
-                # with a chance of 2 % (in the prefill 75 %), and goes on with 75 %.
-                chance = 0.75 if repeat or step < config.prefill else 0.02
-                repeat = state is not None and torch.rand(()) < chance
+                # Act: draw an action, or repeat the last one. A repeat goes on with 75 %.
+                repeat = state is not None and torch.rand(()) < (0.75 if repeat else chance)
                 action, state = agent.act(env.row["obs"], state, explore=True, repeat=repeat)
                 env.step(action)
-                replay.add(env.row)
+                replay.add(env.row, state[0])
                 step, score = step + 1, score + env.row["reward"]
 
                 # Learn: the world model from real rows, then the behavior from dreams.
                 while updates < updates_due(config, step):
-                    agent.anneal = min(1, 3 - 3 * step / config.steps)  # to 0 in the last third
+                    model_anneal, behavior_anneal = schedule(config, step, updates)
                     batch = replay.sample(config.batch_size, config.batch_length)
-                    feat, metrics = update_world_model(agent, batch)
+                    feat, metrics = update_world_model(agent, batch, model_anneal)
+                    replay.refresh(feat)
                     if updates >= config.pretrain:
-                        metrics |= update_behavior(agent, feat)
+                        start = feat[:, ::4].flatten(0, 1)  # [N, F]: every fourth state
+                        metrics |= update_behavior(agent, start, behavior_anneal)
                     updates += 1
                     bar.update()
 
@@ -643,17 +651,17 @@ def train(config: Config, agent: Agent | None = None) -> Path:
             episode += 1
             log.write({"env/step": step, "wm/updates": updates, "env/return": score} | metrics)
             bar.set_postfix(step=step, episode_return=score)
-            due = step // config.eval_every > episode_start // config.eval_every
+            due = step // config.eval_every > begin // config.eval_every
             if due or step >= config.steps:
                 log.write({"env/step": step} | evaluate(agent, config.episodes, config.seed))
                 log.draw()
-                save_checkpoint(agent, replay, log, step, episode, updates)
+                save_checkpoint(agent, replay, log, step, episode)
     return log.folder
 
 
 # %% 4.2 The beginning of a run, its log and curves
 def open_run(config: Config, agent: Agent | None) -> tuple:
-    """Environment, agent, replay, log; step, episode, updates so far. It overwrites no run."""
+    """Environment, agent, replay, log; step and episode so far. It overwrites no run."""
     folder = Path(config.runs, f"{config.env}-{config.seed}".replace(":", "-").replace("/", "-"))
     exists = (folder / "checkpoint.pt").exists()
     if exists and not config.resume:
@@ -663,7 +671,7 @@ def open_run(config: Config, agent: Agent | None) -> tuple:
     env = PixelEnv(config.env, config.action_repeat)
     agent = agent or Agent(env.action_space, config)
     replay, log = ReplayBuffer(device=config.device), Log(folder)
-    progress = load_checkpoint(agent, replay, log) if exists else (0, 0, 0)
+    progress = load_checkpoint(agent, replay, log) if exists else (0, 0)
     print(f"Results: {folder}. The same command with --resume goes on from a checkpoint.")
     return env, agent, replay, log, progress
 
@@ -687,8 +695,7 @@ class Log:
         figure = Figure(figsize=(15, 6.5), layout="constrained")
         for axes, name in zip(figure.subplots(2, 4).flat, names, strict=True):
             lines = [line for line in self.lines if name in line]
-            steps = [line["env/step"] for line in lines]
-            axes.plot(steps, [line[name] for line in lines], ".-")
+            axes.plot([x["env/step"] for x in lines], [x[name] for x in lines], ".-")
             axes.set(title=name, xlabel="steps", yscale="log" if name == "wm/recon" else "linear")
         figure.savefig(self.folder / "curves.png", dpi=100)
 
@@ -709,10 +716,7 @@ def play(agent: Agent, env: PixelEnv, seed: int, chance: float = 0.0) -> tuple[l
     while not env.row["is_last"]:
         burst = 15 if torch.rand(()) < chance else burst - 1  # random actions left
         action, (feat, _) = agent.act(env.row["obs"], state)
-        if burst > 0:
-            action = env.action_space.sample()
-        env.step(action)
-
+        env.step(env.action_space.sample() if burst > 0 else action)
         rows.append(env.row)
         feats.append(feat)
         state = feat, feat.new_tensor(env.row["prev_action"])[None]  # the action really taken
@@ -727,8 +731,7 @@ def evaluate(agent: Agent, episodes: int = 3, seed: int = 0) -> dict[str, float]
         torch.manual_seed(seed)
         returns, held_out = [], []
         for _ in tqdm(range(episodes), "evaluation", leave=False):
-            rows, _ = play(agent, env, next(unseen))
-            returns.append(sum(row["reward"] for row in rows))
+            returns.append(sum(row["reward"] for row in play(agent, env, next(unseen))[0]))
         # With equal rewards rho needs ends, after which r is 0 (5.2). Random actions cause them.
         while sum(len(rows) for rows, _ in held_out) < 200 * episodes:
             held_out.append(play(agent, env, next(unseen), chance=0.02))
@@ -752,15 +755,13 @@ def windows(rows: list[dict], feats: list[Tensor], length: int) -> tuple[Tensor,
 def dream_metrics(agent: Agent, held_out: list[tuple[list, list]], H: int = 15) -> dict:
     """Eq. 5.1 to 5.3, in dreams of H steps from every fourth row of held-out episodes."""
     model = agent.world_model
-    parts = [windows(rows, feats, H) for rows, feats in held_out]
-    starts, actions, rewards = zip(*parts, strict=True)
-    start, real = torch.cat(starts), torch.cat(rewards, 1)  # [N, F], [H, N]
+    starts, actions, rewards = zip(*[windows(*episode, H) for episode in held_out], strict=True)
+    start, action, real = torch.cat(starts), torch.cat(actions, 1), torch.cat(rewards, 1)
 
     # The dream with the actions that were really taken
-    action = torch.cat(actions, 1).to(start.device)  # [H, N, A]
     feats = [start]  # each [N, F]
     for t in range(H):
-        feats.append(model.rssm.img_step(feats[t], action[t]))
+        feats.append(model.rssm.img_step(feats[t], action[t].to(start.device)))
     reward, cont = model.predict(torch.stack(feats[1:]))  # each [H, N], for k = 1 ... H
     reward[1:] *= cont[:-1].cumprod(0)  # c'_1 ... c'_{k-1} r'_k
     metrics = {"reward_rho": reward_rho(reward, real)}
@@ -796,21 +797,21 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> dict:
     """The checkpoint in a folder or file; ValueError if damaged. mmap: rows stay out of memory."""
     with explain(f"{path} holds no checkpoint that can be used"):
         path = Path(path, "checkpoint.pt") if Path(path).is_dir() else path
-        with zipfile.ZipFile(path) as file:
-            if file.testzip():
-                raise ValueError("a checksum is wrong")
+        if zipfile.ZipFile(path).testzip():
+            raise ValueError("a checksum is wrong")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
-def load_checkpoint(agent: Agent, replay: ReplayBuffer, log: Log) -> tuple[int, int, int]:
-    """Go on from the checkpoint in the log's folder: step, episode, updates."""
+def load_checkpoint(agent: Agent, replay: ReplayBuffer, log: Log) -> tuple[int, int]:
+    """Go on from the checkpoint in the log's folder: step, episode."""
     state = read_checkpoint(log.folder)
     with explain(f"the agent of {log.folder}"):
+        Config(**state["config"])  # refuses what another version of this file has written
         agent.load_state_dict(state["agent"])
         for part, optimizer in agent.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][part])
     for i in range(len(state["rows"]["obs"])):
-        replay.add({name: x[i].numpy().copy() for name, x in state["rows"].items()})
+        replay.rows.append({name: x[i].numpy().copy() for name, x in state["rows"].items()})
     log.lines = state["lines"]  # `write` then drops later lines from the file
     torch.set_rng_state(state["random"])
     return state["progress"]
@@ -841,8 +842,7 @@ def main(argv: list[str] | None = None) -> Path | None:
 
 if __name__ == "__main__":
     # As a script (also with %run) argv[0] is this file. As cells of a notebook it is the kernel.
-    this_file = Path(globals().get("__file__", "no file")).name
-    if Path(sys.argv[0]).name == this_file:
+    if Path(sys.argv[0]).name == Path(globals().get("__file__", "no file")).name:
         main()
     elif "ipykernel" in sys.modules:
         from recipes.notebook import show
