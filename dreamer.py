@@ -9,12 +9,12 @@ Shapes    B batch   T time   N starts of imagination   H horizon   A action   E 
           D size of h   S groups of K classes   Z = S * K size of z   feat = (h, z)   F = D + Z
           Real sequences are [B, T, ...]. Dreams have the time first: [H+1, N, ...].
 
-Time      row t : prev_feat, prev_action a_{t-1} | obs o_t | reward r_t | terminated, is_first, is_last
+Time      row t: prev_feat, prev_action a_{t-1}, obs o_t, reward r_t, terminated, is_first, is_last
           Eq. 1.1   h_t = f(h_{t-1}, z_{t-1}, a_{t-1})   recurrent (papers call h deter, z stoch)
           Eq. 1.2   z_t ~ q(. | h_t, o_t)                posterior: has seen the frame
           Eq. 1.3   z_t ~ p(. | h_t)                     prior: has not, so it can dream
           o_t, r_t and c_t = 1 - terminated_t are predicted from (h_t, z_t).
-          The action in row t led to o_t. An episode's first row has action and reward 0.
+          In (h, z)_{t-1}, prev_feat, the action of row t was chosen. It led to o_t and r_t.
 
 Gradient of ...    reaches:    encoder, RSSM, decoder, heads    actor    critic
 world model loss                            yes                   -        -

@@ -16,7 +16,8 @@ from recipes.earlier_lessons import LessonEncoder, LessonRSSM, load
 
 SMALL = dict(
     depth=2, hidden=16, groups=4, classes=4, units=16, batch_size=4, batch_length=6, horizon=5,
-    prefill=60, pretrain=5, train_ratio=16.0, eval_every=100, episodes=1, runs="r", steps=120,
+    prefill=60, pretrain=5, train_ratio=16.0, posttrain=5, eval_every=100, episodes=1,
+    runs="r", steps=120,
 )  # fmt: skip
 FLAGS = [f"--{k.replace('_', '-')}={v}" for k, v in SMALL.items()]
 E, R = LessonEncoder().state_dict(), LessonRSSM().state_dict()

@@ -16,7 +16,7 @@ from recipes import dream_env, dynamics_gradient, gaussian_latents
 
 SMALL = dict(
     depth=2, hidden=16, groups=4, classes=4, units=16, batch_size=4, batch_length=6, horizon=5,
-    prefill=60, pretrain=5, train_ratio=16.0, eval_every=100, episodes=1,
+    prefill=60, pretrain=5, train_ratio=16.0, posttrain=5, eval_every=100, episodes=1,
 )  # fmt: skip
 A, D, S = 2, 16, 4  # sizes under SMALL
 
@@ -94,7 +94,7 @@ def test_gaussian_samples_have_mean_and_deviation_and_pass_gradients(gaussian):
 
 def test_a_gaussian_state_has_a_number_a_variable_and_no_vanishing_deviation(gaussian):
     inputs = torch.randn(3, 7, 256), torch.randn(3, 7, A), torch.zeros(3, 7, dtype=torch.bool)
-    feat, post, prior = gaussian.observe(*inputs)
+    feat, post, prior = gaussian.observe(*inputs, gaussian.initial(3))
     assert feat.shape == (3, 7, D + S) and post.shape == prior.shape == (3, 7, S, 2)
     mean, std = gaussian.params(torch.tensor(S * [-7.0, -1e4])).T
     assert mean.tolist() == S * [-7] and std.tolist() == pytest.approx(S * [0.1])
@@ -112,7 +112,7 @@ def test_the_dynamics_gradient_is_that_of_the_discounted_lambda_return(monkeypat
     agent.actor.net[-1].weight.data.zero_()  # no gradient passes the state that the actor sees
     start, weight = torch.randn(5, D + S).double(), agent.actor.net[-1].bias
     weight.data[A:] = -4.0  # deviations of 0.2, so that no action is clipped
-    record = lambda agent, part, loss: losses.update({part: loss})  # noqa: E731
+    record = lambda agent, part, loss, _: losses.update({part: loss})  # noqa: E731
     monkeypatch.setattr(dynamics_gradient, "gradient_step", record)
 
     def actor_loss(_):

@@ -36,7 +36,7 @@ def imagine(agent: Agent, feat: Tensor) -> Tensor:
     return torch.stack(feats)
 
 
-def update_behavior(agent: Agent, start: Tensor) -> dict[str, Tensor]:
+def update_behavior(agent: Agent, start: Tensor, anneal: float = 1.0) -> dict[str, Tensor]:
     """Dream from states [N, F]; then one step of the actor, one of the critic."""
     config = agent.config
     feat = imagine(agent, start)  # [H+1, N, F]
@@ -52,13 +52,13 @@ def update_behavior(agent: Agent, start: Tensor) -> dict[str, Tensor]:
 
     # In place of Eq. 3.5. gradient_step moves the actor alone.
     entropy = agent.actor(feat).entropy()  # [H, N]
-    eta = agent.anneal * config.entropy
+    eta = anneal * config.entropy
     actor_loss = -(weight * (returns / scale + eta * entropy)).mean()  # []
     error = agent.critic.loss(feat, sg(returns), sg(agent.slow_critic(feat)))  # [H, N]
     critic_loss = (weight * error).mean()  # []
 
-    gradient_step(agent, "actor", actor_loss)
-    gradient_step(agent, "critic", critic_loss)
+    gradient_step(agent, "actor", actor_loss, anneal)
+    gradient_step(agent, "critic", critic_loss, anneal)
     for slow, fast in zip(agent.slow_critic.parameters(), agent.critic.parameters(), strict=True):
         slow.lerp_(sg(fast), config.critic_rate)
 

@@ -43,7 +43,8 @@ def measure(agent: Agent, episodes: int) -> dict:
     model, rssm, D = agent.world_model, agent.world_model.rssm, agent.world_model.rssm.hidden
     real, same = random_rows(agent, episodes)
     embed = model.encoder(real["obs"])  # [N, 21, E]
-    feat, post, _ = rssm.observe(embed, real["prev_action"], real["is_first"])
+    before = rssm.initial(len(embed))  # [N, F]
+    feat, post, _ = rssm.observe(embed, real["prev_action"], real["is_first"], before)
     dream = dream_on(rssm, feat[:, 0], real["prev_action"][:, 1:])
     frames, dreamed, again = real["obs"] / 255, model.decoder(dream), model.decoder(feat)
 

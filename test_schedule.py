@@ -1,0 +1,79 @@
+"""Tests of the training loop in 4.1: what is done when, how often, and at which rates."""
+
+import numpy as np
+import pytest
+import torch
+
+import dreamer
+from dreamer import Agent, Config, PixelEnv, ReplayBuffer, train
+from test_dreamer import RUN, SMALL, D, Z, spy
+
+
+def test_training_acts_and_learns_when_and_as_fast_as_it_should(tmp_path, monkeypatch):
+    steps = (1_499, 1_500, 1_503, 1_504, 4_999, 5_000, 5_400)
+    due = [dreamer.updates_due(Config(), step) for step in steps]
+    assert due == [0, 500, 500, 501, 1_374, 1_675, 1_675]
+    acted, begun, rates, behaved, fresh, patch = [], [], [], [], [], monkeypatch
+    spy(patch, Agent, "act", lambda agent, *args, **kw: acted.append((len(begun), args[1], kw)))
+    spy(patch, PixelEnv, "reset", lambda env, seed: begun.append(seed))
+    spy(patch, dreamer, "update_world_model", lambda agent, batch, anneal: rates.append(anneal))
+    spy(patch, dreamer, "update_behavior", lambda *args: behaved.append((len(rates), *args[1:])))
+    spy(patch, ReplayBuffer, "sample", lambda replay, *sizes: sizes == (3, 6) or 1 / 0)
+    spy(patch, ReplayBuffer, "refresh", lambda replay, feat: fresh.append(feat))
+    patch.setattr(dreamer, "evaluate", lambda *args: {})
+    config = Config(**RUN | dict(seed=1, runs=str(tmp_path)))
+    train(config)
+    assert begun == [2_000_000 + 2 * i for i in range(6)]  # of evaluations they are odd
+    assert len(acted) == 96 and all(options["explore"] for *_, options in acted)
+    assert [n for n, state, _ in acted if state is None] == [1, 2, 3, 4, 5, 6]
+    repeats = [bool(options["repeat"]) for *_, options in acted]
+    assert not any(repeats[0::16])  # an episode's first action has none before it
+    assert len(rates) == len(fresh) == 25
+    assert [n for n, *_ in behaved] == list(range(4, 26))  # not while the model is pretrained
+    for n, start, anneal in behaved:  # dreams begin in every fourth state of the last batch
+        assert torch.equal(start, fresh[n - 1][:, [0, 4]].reshape(6, D + Z))
+        assert anneal == pytest.approx(min(1, (26 - n) / 4))
+    for update, rate in enumerate(rates):
+        step = next(step for step in range(97) if dreamer.updates_due(config, step) > update)
+        assert rate == pytest.approx(min((update + 1) / 200, 3 * (96 - step) / 56))
+
+
+def test_rates_warm_up_and_end_at_zero_the_behaviors_in_posttrain():
+    expected = {
+        (1_500, 0): (1 / 200, 1),
+        (1_500, 198): (199 / 200, 1),
+        (1_500, 499): (1, 1),
+        (3_833, 1_083): (1, 1),
+        (4_125, 1_156): (0.75, 1),  # the last third is of the steps after the prefill
+        (4_999, 1_373): (0.0009, 1),
+        (5_000, 1_374): (0, 1),  # the world model rests, while 300 updates are left
+        (5_007, 1_525): (0, 0.5),
+        (5_007, 1_674): (0, 1 / 300),
+    }
+    rates = {key: dreamer.schedule(Config(), *key) for key in expected}
+    assert rates == {key: pytest.approx(x, rel=0.05) for key, x in expected.items()}
+    assert dreamer.schedule(Config(posttrain=0), 5_000, 1_374) == (0, 1)
+
+
+@pytest.mark.parametrize("prefill", [100, 7_990])
+def test_how_often_actions_are_repeated(prefill, tmp_path, monkeypatch):
+    """One step in 50 begins to repeat, three of four in the prefill's odd episodes. Three of four
+    go on with it."""
+    repeats = []
+
+    def act(agent, obs, state, explore, repeat):
+        repeats.append(bool(repeat))
+        return 5, (torch.zeros(1, D + Z), None)
+
+    monkeypatch.setattr(Agent, "act", act)
+    for name in ("save_checkpoint", "evaluate"):
+        monkeypatch.setattr(dreamer, name, lambda *args: {})
+    config = SMALL | dict(env="Long-v0", steps=8_000, pretrain=0, train_ratio=0.0, posttrain=0)
+    config |= dict(prefill=prefill, eval_every=8_000, runs=str(tmp_path))
+    train(Config(**config))
+    repeats = np.reshape(repeats, (400, 20))[prefill < 200 and 6 :]  # the rest after the prefill
+    before, after = repeats[:, :-1], repeats[:, 1:]
+    for i, chance in enumerate([0.02, 0.75 if prefill > 200 else 0.02]):
+        begins = after[i::2][~before[i::2]]
+        assert begins.mean() == pytest.approx(chance, abs=0.01 if chance < 0.1 else 0.05)
+    assert after[before].mean() == pytest.approx(0.75, abs=0.06)
