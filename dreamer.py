@@ -14,7 +14,7 @@ Time      row t: prev_feat, prev_action a_{t-1}, obs o_t, reward r_t, terminated
           Eq. 1.2   z_t ~ q(. | h_t, o_t)                posterior: has seen the frame
           Eq. 1.3   z_t ~ p(. | h_t)                     prior: has not, so it can dream
           o_t, r_t and c_t = 1 - terminated_t are predicted from (h_t, z_t).
-          In (h, z)_{t-1}, prev_feat, the action of row t was chosen. It led to o_t and r_t.
+          prev_feat is (h, z)_{t-1}; the action led to o_t. An episode's first row has zeros there.
 
 Gradient of ...    reaches:    encoder, RSSM, decoder, heads    actor    critic
 world model loss                            yes                   -        -
