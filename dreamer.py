@@ -805,7 +805,7 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> dict:
 def load_checkpoint(agent: Agent, replay: ReplayBuffer, log: Log) -> tuple[int, int]:
     """Go on from the checkpoint in the log's folder: step, episode."""
     state = read_checkpoint(log.folder)
-    with explain(f"the agent of {log.folder}"):
+    with explain(f"the agent of {log.folder} does not fit"):
         Config(**state["config"])  # refuses what another version of this file has written
         agent.load_state_dict(state["agent"])
         for part, optimizer in agent.optimizers.items():
@@ -820,7 +820,7 @@ def load_checkpoint(agent: Agent, replay: ReplayBuffer, log: Log) -> tuple[int, 
 def load_agent(path: str | Path, device: str = "cpu", encoder=None, rssm=None) -> Agent:
     """The agent in a run's folder or checkpoint. If encoder or RSSM were given, give them again."""
     state = read_checkpoint(path, mmap=True)
-    with explain(f"the agent of {path}"), PixelEnv(state["config"]["env"]) as env:
+    with explain(f"the agent of {path} does not fit"), PixelEnv(state["config"]["env"]) as env:
         config = Config(**state["config"] | {"device": device})
         agent = Agent(env.action_space, config, encoder, rssm)
         agent.load_state_dict(state["agent"])

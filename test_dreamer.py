@@ -936,7 +936,17 @@ def test_a_checkpoint_of_other_networks_ends_in_one_line(run, monkeypatch):
     for argv in (["--eval", str(run)], [*flags(RUN | {"runs": run.parent}), "--resume"]):
         with pytest.raises(SystemExit) as stop:
             dreamer.main(argv)
-        assert f"error: the agent of {run}: Error(s) in loading" in stop.value.code
+        assert f"error: the agent of {run} does not fit: Error(s) in loading" in stop.value.code
+
+
+def test_a_checkpoint_of_another_version_ends_in_one_line(run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / run.name)
+    state = dreamer.read_checkpoint(folder)
+    del state["rows"]["prev_feat"]
+    torch.save(state | {"config": state["config"] | {"starts": 32}}, folder / "checkpoint.pt")
+    for argv in (["--eval", str(folder)], [*flags(RUN | {"runs": tmp_path}), "--resume"]):
+        with pytest.raises(SystemExit, match=r"does not fit: .* unexpected .* 'starts'$"):
+            dreamer.main(argv)
 
 
 def test_help_explains_every_option_with_its_default(capsys):
