@@ -881,7 +881,7 @@ BAD_INPUT = {
     "--eval broken.pt": "broken.pt holds no checkpoint",
     "--eval foreign.pt": "foreign.pt",
     "--resume --runs hurt": "CartPole-v1-0 holds no checkpoint that can be used",
-    "--resume --runs .": "the agent of CartPole-v1-0: ",
+    "--resume --runs .": "the agent of CartPole-v1-0 does not fit: ",
     "--runs .": "exists: --resume or delete it, or change --seed or --runs",
     "--runs broken.pt": "broken.pt",
 }
