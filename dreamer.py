@@ -14,7 +14,7 @@ Time      row t: prev_feat, prev_action a_{t-1}, obs o_t, reward r_t, terminated
           Eq. 1.2   z_t ~ q(. | h_t, o_t)                posterior: has seen the frame
           Eq. 1.3   z_t ~ p(. | h_t)                     prior: has not, so it can dream
           o_t, r_t and c_t = 1 - terminated_t are predicted from (h_t, z_t).
-          prev_feat is (h, z)_{t-1}; the action led to o_t. An episode's first row has zeros there.
+          The action led to o_t, prev_feat is (h, z)_{t-1}. In a first row both count as 0.
 
 Gradient of ...    reaches:    encoder, RSSM, decoder, heads    actor    critic
 world model loss                            yes                   -        -
@@ -70,7 +70,7 @@ class Config:
     prefill: int = 1_500  # steps of the untrained actor before the first update
     pretrain: int = 500  # updates of the world model alone
     train_ratio: float = 32.0  # replayed steps for each step after the prefill
-    posttrain: int = 300  # updates of the behavior alone, after the last step
+    posttrain: int = 300  # updates of actor and critic alone, once `steps` are reached
     batch_size: int = 8  # B, sequences in a batch
     batch_length: int = 16  # T, steps in a sequence
     depth: int = 8  # the CNN has 2 * depth and 8 * depth channels
@@ -82,13 +82,13 @@ class Config:
     free_nats: float = 0.1  # free bits: KL of a step, in nats, that is not penalised
     scale_dyn: float = 1.0  # weight of the KL that trains the prior
     scale_rep: float = 0.1  # weight of the KL that trains the posterior
-    lr: float = 2.5e-3  # learning rate of the world model; falls to 0 in the last third
+    lr: float = 2.5e-3  # learning rate of the world model; rises for 200 updates, ends at 0
     behavior_lr: float = 6e-3  # learning rate of actor and critic; falls to 0 in posttrain
     horizon: int = 25  # H, imagined steps
     gamma: float = 0.99  # discount of a step
     lam: float = 0.95  # lambda of the lambda-return
     entropy: float = 1.2e-2  # eta, weight of the actor's entropy; falls to 0 in posttrain
-    critic_rate: float = 0.1  # how far the slow critic, a steadier copy, moves to the critic
+    critic_rate: float = 0.1  # how far the slow critic, a steadier copy, moves towards the critic
     return_rate: float = 0.01  # rate of the running mean in Eq. 3.4; with 0 the scale is 1
     eval_every: int = 1_250  # steps between evaluations, each with a checkpoint
     episodes: int = 3  # episodes for eval/return; more are played for eval/reward_rho
@@ -269,7 +269,7 @@ class RSSM(nn.Module):
 
     def observe(self, embed: Tensor, prev_action: Tensor, is_first: Tensor, feat: Tensor):
         """Sequences [B, T, ...], and the states [B, F] before them -> states (h, z) [B, T, F],
-        posterior, prior [B, T, S, K]. Episodes start from zero state and action."""
+        posterior, prior [B, T, S, K]. Where is_first, state and action before count as 0."""
         keep = (~is_first).float().unsqueeze(-1)  # [B, T, 1]
         prev_action, feats, posts = keep * prev_action, [], []
         for t in range(embed.shape[1]):
@@ -342,7 +342,7 @@ class PixelEnv(gym.Wrapper):
             env = gym.make(env_id, render_mode="rgb_array", disable_env_checker=True)
             if env.spec.max_episode_steps is None:  # evaluations have to end
                 env = gym.wrappers.TimeLimit(env, 1_000)
-            if not isinstance(env.action_space, Discrete):  # it refuses all but a bounded Box
+            if not isinstance(env.action_space, Discrete):  # RescaleAction needs a bounded Box
                 env = gym.wrappers.RescaleAction(env, -1, 1)
             super().__init__(env)
         self.observation_space = Box(0, 255, (64, 64, 3), np.uint8)
@@ -422,7 +422,7 @@ def stack_rows(rows: list[dict]) -> dict[str, Tensor]:
 
 
 class ReplayBuffer:
-    """The last `capacity` rows (12 kB each) in the order in which they came."""
+    """The last `capacity` rows (13 kB each) in the order in which they came."""
 
     def __init__(self, capacity: int = 100_000, device: str = "cpu"):
         self.capacity, self.device, self.rows = capacity, device, []
@@ -440,7 +440,7 @@ class ReplayBuffer:
         return {name: x.unflatten(0, (-1, length)).to(self.device) for name, x in columns.items()}
 
     def refresh(self, feat: Tensor) -> None:
-        """The new states [B, T, F] of the last sample replace those before the next rows."""
+        """Store the new states [B, T, F] of the last sample, each in the row that follows it."""
         for i, x in zip(self.sampled, feat.flatten(0, 1).cpu().numpy(), strict=True):
             if i + 1 < len(self.rows):
                 self.rows[i + 1]["prev_feat"] = x.copy()
@@ -451,7 +451,7 @@ class ReplayBuffer:
 # Eq. 2.6 `loss = mean over B, T of recon + reward + cont + scale_dyn * dyn + scale_rep * rep`
 # - Eq. 2.1 `recon = sum over pixels of (o_t / 255 - decoder(h_t, z_t))^2`
 # - Eq. 2.2 `reward = -ln p(r_t | h_t, z_t)`, a cross-entropy with the two-hot reward
-# - Eq. 2.3 `cont = -ln p(c_t | h_t, z_t)` (binary), with `c_t = 1 - terminated_t`, not truncated
+# - Eq. 2.3 `cont = -ln p(c_t | h_t, z_t)` (binary), `c_t = 1 - terminated_t`: a truncation is no end
 # - Eq. 2.4 `dyn = max(free, KL(sg(q) || p))`: the prior learns to predict the posterior
 # - Eq. 2.5 `rep = max(free, KL(q || sg(p)))`: the posterior gets easier to predict (KL balancing)
 # %% 2.1 World model loss
@@ -475,7 +475,7 @@ class WorldModel(nn.Module):
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, dict]:
         """Rows [B, T, ...] -> loss [], states (h, z) [B, T, F], metrics."""
         embed = self.encoder(batch["obs"])  # [B, T, E]
-        inputs = batch["prev_action"], batch["is_first"], batch["prev_feat"][:, 0]
+        inputs = batch["prev_action"], batch["is_first"], batch["prev_feat"][:, 0]  # [B, F]
         feat, post, prior = self.rssm.observe(embed, *inputs)
         frame = self.decoder(feat)  # [B, T, 64, 64, 3]
         error = nn.functional.mse_loss(frame, batch["obs"] / 255, reduction="none")
@@ -513,7 +513,7 @@ def gradient_step(agent: Agent, part: str, loss: Tensor, anneal: float = 1.0) ->
 
 
 def update_world_model(agent: Agent, batch: dict[str, Tensor], anneal: float = 1.0):
-    """One step on rows [B, T, ...] -> states (h, z) [B, T, F], metrics."""
+    """Rows [B, T, ...] -> states (h, z) [B, T, F], metrics. One step, unless `anneal` is 0."""
     loss, feat, metrics = agent.world_model.loss(batch)
     if anneal > 0:
         metrics["wm/grad_norm"] = gradient_step(agent, "world_model", loss, anneal)
@@ -551,10 +551,10 @@ def lambda_return(reward: Tensor, value: Tensor, cont: Tensor, gamma: float, lam
 
 # %% 3.3 Actor and critic losses, behavior update step
 def update_behavior(agent: Agent, start: Tensor, anneal: float = 1.0) -> dict[str, Tensor]:
-    """Dream from states [N, F]; then one step of the actor, one of the critic."""
+    """Dream from states [N, F]; then a step of the actor, the critic, the slow critic."""
     config, model = agent.config, agent.world_model
 
-    # Dream, without gradients. So each `sg` below only marks what is constant in the losses.
+    # Dream, without gradients. So `sg` in the losses below only marks what is constant.
     with torch.no_grad():
         feat, action = imagine(model, agent.actor, start, config.horizon)  # [H+1, N, F], [H, N, A]
         reward, cont = model.predict(feat)  # each [H+1, N]
@@ -596,7 +596,7 @@ def update_behavior(agent: Agent, start: Tensor, anneal: float = 1.0) -> dict[st
 # # Section 4: Training Loop
 # %% 4.1 The training loop
 def updates_due(config: Config, step: int) -> int:
-    """Updates due by this step: by default 500 at 1,500, then one every 4 steps, at last 300."""
+    """Updates due by this step. By default 500 at 1,500, one every 4 steps, 300 more at 5,000."""
     if step < config.prefill:
         return 0
     replayed = (min(step, config.steps) - config.prefill) * config.train_ratio
@@ -605,9 +605,9 @@ def updates_due(config: Config, step: int) -> int:
 
 
 def schedule(config: Config, step: int, updates: int) -> tuple[float, float]:
-    """What the learning rates are multiplied with: the world model's, the behavior's."""
+    """Factors of the world model's learning rate; of the behavior's, and of eta."""
     last_third = 3 * (config.steps - step) / (config.steps - config.prefill)
-    left = updates_due(config, config.steps) - updates  # posttrain begins when 300 are left
+    left = updates_due(config, config.steps) - updates  # the last ones are those of posttrain
     warm_up = (updates + 1) / 200
     return max(0.0, min(warm_up, 1.0, last_third)), min(1.0, left / max(1, config.posttrain))
 
@@ -628,11 +628,11 @@ def train(config: Config, agent: Agent | None = None) -> Path:
             chance = 0.75 if step < config.prefill and episode % 2 else 0.02
 
             while not env.row["is_last"]:
-                # Act: draw an action, or repeat the last one. A repeat goes on with 75 %.
+                # Act: draw an action, or repeat the last one. A repeat goes on in 75 % of cases.
                 repeat = state is not None and torch.rand(()) < (0.75 if repeat else chance)
                 action, state = agent.act(env.row["obs"], state, explore=True, repeat=repeat)
                 env.step(action)
-                replay.add(env.row, state[0])
+                replay.add(env.row, state[0])  # state[0]: the (h, z) in which it was chosen
                 step, score = step + 1, score + env.row["reward"]
 
                 # Learn: the world model from real rows, then the behavior from dreams.
@@ -640,7 +640,7 @@ def train(config: Config, agent: Agent | None = None) -> Path:
                     model_anneal, behavior_anneal = schedule(config, step, updates)
                     batch = replay.sample(config.batch_size, config.batch_length)
                     feat, metrics = update_world_model(agent, batch, model_anneal)
-                    replay.refresh(feat)
+                    replay.refresh(feat)  # [B, T, F]
                     if updates >= config.pretrain:
                         start = feat[:, ::4].flatten(0, 1)  # [N, F]: every fourth state
                         metrics |= update_behavior(agent, start, behavior_anneal)
@@ -661,7 +661,7 @@ def train(config: Config, agent: Agent | None = None) -> Path:
 
 # %% 4.2 The beginning of a run, its log and curves
 def open_run(config: Config, agent: Agent | None) -> tuple:
-    """Environment, agent, replay, log; step and episode so far. It overwrites no run."""
+    """Environment, agent, replay, log; step and episode so far. It overwrites no checkpoint."""
     folder = Path(config.runs, f"{config.env}-{config.seed}".replace(":", "-").replace("/", "-"))
     exists = (folder / "checkpoint.pt").exists()
     if exists and not config.resume:
@@ -732,7 +732,7 @@ def evaluate(agent: Agent, episodes: int = 3, seed: int = 0) -> dict[str, float]
         returns, held_out = [], []
         for _ in tqdm(range(episodes), "evaluation", leave=False):
             returns.append(sum(row["reward"] for row in play(agent, env, next(unseen))[0]))
-        # With equal rewards rho needs ends, after which r is 0 (5.2). Random actions cause them.
+        # If all rewards are 1, rho needs falls: then r is 0 (5.2). Random actions cause them.
         while sum(len(rows) for rows, _ in held_out) < 200 * episodes:
             held_out.append(play(agent, env, next(unseen), chance=0.02))
         metrics = dream_metrics(agent, held_out)
@@ -806,7 +806,7 @@ def load_checkpoint(agent: Agent, replay: ReplayBuffer, log: Log) -> tuple[int, 
     """Go on from the checkpoint in the log's folder: step, episode."""
     state = read_checkpoint(log.folder)
     with explain(f"the agent of {log.folder} does not fit"):
-        Config(**state["config"])  # refuses what another version of this file has written
+        Config(**state["config"])  # refuses options that this version does not have
         agent.load_state_dict(state["agent"])
         for part, optimizer in agent.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][part])
