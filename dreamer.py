@@ -451,7 +451,7 @@ class ReplayBuffer:
 # Eq. 2.6 `loss = mean over B, T of recon + reward + cont + scale_dyn * dyn + scale_rep * rep`
 # - Eq. 2.1 `recon = sum over pixels of (o_t / 255 - decoder(h_t, z_t))^2`
 # - Eq. 2.2 `reward = -ln p(r_t | h_t, z_t)`, a cross-entropy with the two-hot reward
-# - Eq. 2.3 `cont = -ln p(c_t | h_t, z_t)` (binary), `c_t = 1 - terminated_t`: a truncation is no end
+# - Eq. 2.3 `cont = -ln p(c_t | h_t, z_t)` (binary), `c_t = 1 - terminated_t`: truncation is no end
 # - Eq. 2.4 `dyn = max(free, KL(sg(q) || p))`: the prior learns to predict the posterior
 # - Eq. 2.5 `rep = max(free, KL(q || sg(p)))`: the posterior gets easier to predict (KL balancing)
 # %% 2.1 World model loss
