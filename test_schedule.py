@@ -77,3 +77,22 @@ def test_how_often_actions_are_repeated(prefill, tmp_path, monkeypatch):
         begins = after[i::2][~before[i::2]]
         assert begins.mean() == pytest.approx(chance, abs=0.01 if chance < 0.1 else 0.05)
     assert after[before].mean() == pytest.approx(0.75, abs=0.06)
+
+
+def test_each_row_keeps_the_state_in_which_its_action_was_chosen(tmp_path, monkeypatch):
+    states, act = [], Agent.act
+
+    def watched(agent, *args, **options):
+        action, state = act(agent, *args, **options)
+        states.append(state)
+        return action, state
+
+    monkeypatch.setattr(Agent, "act", watched)
+    monkeypatch.setattr(dreamer, "evaluate", lambda *args: {})
+    config = RUN | dict(pretrain=0, train_ratio=0.0, posttrain=0, runs=str(tmp_path))
+    rows = dreamer.read_checkpoint(train(Config(**config)))["rows"]
+    feat, action = map(torch.cat, zip(*states, strict=True))
+    first = rows["is_first"]
+    assert first.sum() == 6 and not rows["prev_feat"][first].any() and feat.any(1).all()
+    assert torch.equal(rows["prev_feat"][~first], feat)
+    assert torch.equal(rows["prev_action"][~first], action)
