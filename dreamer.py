@@ -623,7 +623,7 @@ def train(config: Config, agent: Agent | None = None) -> Path:
             env.reset(seed=2_000_000 * config.seed + 2 * episode)  # even; evaluations: odd
             replay.add(env.row, agent.world_model.rssm.initial(1))
             state, repeat = None, False
-            score, begin, metrics = 0.0, step, {}
+            score, episode_start, metrics = 0.0, step, {}
             # Repeats explore further. They are frequent in every other episode of the prefill.
             chance = 0.75 if step < config.prefill and episode % 2 else 0.02
 
@@ -651,7 +651,7 @@ def train(config: Config, agent: Agent | None = None) -> Path:
             episode += 1
             log.write({"env/step": step, "wm/updates": updates, "env/return": score} | metrics)
             bar.set_postfix(step=step, episode_return=score)
-            due = step // config.eval_every > begin // config.eval_every
+            due = step // config.eval_every > episode_start // config.eval_every
             if due or step >= config.steps:
                 log.write({"env/step": step} | evaluate(agent, config.episodes, config.seed))
                 log.draw()
