@@ -5,7 +5,7 @@
 The program takes the options of dreamer.py, which win over these settings. Sizes, rates and the
 schedule stay those of dreamer.py, so the result tells nothing about DreamerV2 itself. Expect
 returns of 100 to 200 on CartPole after 5,000 steps: the posterior is pulled to the prior with
-four times the weight that it has by default.
+twice the weight that it has by default.
 """
 
 import json
