@@ -1279,8 +1279,8 @@ def test_the_code_looks_as_ruff_format_writes_it():
 # And all of it together
 def test_it_learns_to_walk_the_corridor_from_pixels(tmp_path):
     """Of 8, random actions collect about 3; without world model or actor updates it is 1."""
-    config = dict(env="Corridor-v0", steps=440, prefill=200, pretrain=40, train_ratio=40)
-    config |= dict(posttrain=30)
+    config = dict(env="Corridor-v0", steps=560, prefill=200, pretrain=40, train_ratio=40)
+    config |= dict(posttrain=60)
     config |= dict(batch_size=8, batch_length=8, horizon=8, depth=2, hidden=32, groups=8)
     config |= dict(classes=8, units=64, entropy=1e-2, episodes=1)
     folder = train(Config(**config, runs=str(tmp_path)))
