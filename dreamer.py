@@ -14,7 +14,7 @@ Time      row t: prev_feat, prev_action a_{t-1}, obs o_t, reward r_t, terminated
           Eq. 1.2   z_t ~ q(. | h_t, o_t)                posterior: has seen the frame
           Eq. 1.3   z_t ~ p(. | h_t)                     prior: has not, so it can dream
           o_t, r_t and c_t = 1 - terminated_t are predicted from (h_t, z_t).
-          The action led to o_t, prev_feat is (h, z)_{t-1}. In a first row both count as 0.
+          The action led to o_t, prev_feat is (h, z)_{t-1}. In a first row both and r_t count as 0.
 
 Gradient of ...    reaches:    encoder, RSSM, decoder, heads    actor    critic
 world model loss                            yes                   -        -
@@ -607,7 +607,7 @@ def updates_due(config: Config, step: int) -> int:
 def schedule(config: Config, step: int, updates: int) -> tuple[float, float]:
     """Factors of the world model's learning rate; of the behavior's, and of eta."""
     last_third = 3 * (config.steps - step) / (config.steps - config.prefill)
-    left = updates_due(config, config.steps) - updates  # the last ones are those of posttrain
+    left = updates_due(config, config.steps) - updates  # the last of them are posttrain
     warm_up = (updates + 1) / 200
     return max(0.0, min(warm_up, 1.0, last_third)), min(1.0, left / max(1, config.posttrain))
 
@@ -632,7 +632,7 @@ def train(config: Config, agent: Agent | None = None) -> Path:
                 repeat = state is not None and torch.rand(()) < (0.75 if repeat else chance)
                 action, state = agent.act(env.row["obs"], state, explore=True, repeat=repeat)
                 env.step(action)
-                replay.add(env.row, state[0])  # state[0]: the (h, z) in which it was chosen
+                replay.add(env.row, state[0])  # the (h, z) in which the action was chosen
                 step, score = step + 1, score + env.row["reward"]
 
                 # Learn: the world model from real rows, then the behavior from dreams.

@@ -45,13 +45,13 @@ def test_rates_warm_up_and_end_at_zero_the_behaviors_in_posttrain():
         (1_500, 499): (1, 1),
         (3_833, 1_083): (1, 1),
         (4_125, 1_156): (0.75, 1),  # the last third is of the steps after the prefill
-        (4_999, 1_373): (0.0009, 1),
+        (4_999, 1_373): (3 / 3_500, 1),
         (5_000, 1_374): (0, 1),  # the world model rests, while 300 updates are left
         (5_007, 1_525): (0, 0.5),
         (5_007, 1_674): (0, 1 / 300),
     }
     rates = {key: dreamer.schedule(Config(), *key) for key in expected}
-    assert rates == {key: pytest.approx(x, rel=0.05) for key, x in expected.items()}
+    assert rates == {key: pytest.approx(x) for key, x in expected.items()}
     assert dreamer.schedule(Config(posttrain=0), 5_000, 1_374) == (0, 1)
 
 
@@ -75,7 +75,7 @@ def test_how_often_actions_are_repeated(prefill, tmp_path, monkeypatch):
     before, after = repeats[:, :-1], repeats[:, 1:]
     for i, chance in enumerate([0.02, 0.75 if prefill > 200 else 0.02]):
         begins = after[i::2][~before[i::2]]
-        assert begins.mean() == pytest.approx(chance, abs=0.01 if chance < 0.1 else 0.05)
+        assert begins.mean() == pytest.approx(chance, abs=0.007 if chance < 0.1 else 0.05)
     assert after[before].mean() == pytest.approx(0.75, abs=0.06)
 
 
