@@ -49,6 +49,7 @@ from torch import distributions as td
 from tqdm import tqdm
 
 sg = Tensor.detach  # stop-gradient: to the loss, sg(x) is a constant
+torch.empty(8_000_000)  # 32 MB, freed at once: now Linux keeps freed memory at hand (faster)
 td.Distribution.set_default_validate_args(False)  # checking every argument takes time
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # environments draw without a screen,
 os.environ.setdefault("SDL_NO_SIGNAL_HANDLERS", "1")  # and leave Ctrl-C to Python
@@ -94,11 +95,10 @@ class Config:
     episodes: int = 3  # episodes for eval/return; more are played for eval/reward_rho
 
     def __post_init__(self):
-        shares = "unimix gamma lam critic_rate return_rate".split()
         for name, value in asdict(self).items():
             counts = type(getattr(Config, name)) is int and not name.endswith(("seed", "train"))
             lowest = 1 if counts else 0
-            highest = 1 if name in shares else 10**9
+            highest = 1 if name in "unimix gamma lam critic_rate return_rate".split() else 10**9
             if not isinstance(value, str) and not lowest <= value <= highest:
                 raise ValueError(f"{name} must lie between {lowest} and {highest}, not {value}")
         if not self.batch_length <= self.prefill < self.steps:
@@ -137,8 +137,8 @@ def twohot_decode(logits: Tensor, bins: Tensor) -> Tensor:
 
 
 def init_weights(module: nn.Module) -> None:
-    """Truncated normal weights of variance 1 / inputs (if transposed: 1 / outputs); zero biases."""
-    if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+    """Truncated normal weights of variance 1 / inputs; zero biases."""
+    if isinstance(module, nn.Linear | nn.Conv2d):
         std = 1.1368 / module.weight[0].numel() ** 0.5  # truncation at 2 std divides std by 1.1368
         nn.init.trunc_normal_(module.weight, 0.0, std, -2 * std, 2 * std)
         nn.init.zeros_(module.bias)
@@ -156,44 +156,44 @@ def mlp(inputs: int, units: int, layers: int, outputs: int, outscale=1.0) -> nn.
 
 
 # %% 1.2 Encoder and decoder
-class NormSiLU(nn.LayerNorm):
-    """Layer norm over the channels of [N, C, height, width], then SiLU."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = super().forward(x.permute(0, 2, 3, 1))
-        return nn.functional.silu(x).permute(0, 3, 1, 2)
-
-
-class Encoder(nn.Sequential):
+class Encoder(nn.Module):
     """Frames uint8 [..., 64, 64, 3] -> [..., embed_size]. Agent(encoder=...) takes another."""
 
     def __init__(self, depth: int):
+        super().__init__()
         few, many = 2 * depth, 8 * depth
         to_16x16 = nn.Conv2d(3, few, 8, stride=4, padding=2)
         to_4x4 = nn.Conv2d(few, many, 4, stride=4)
-        super().__init__(to_16x16, NormSiLU(few), to_4x4, NormSiLU(many), nn.Flatten())
+        self.convs = nn.ModuleList([to_16x16, to_4x4]).apply(init_weights)
+        self.norms = nn.ModuleList([nn.LayerNorm(few), nn.LayerNorm(many)])
         self.embed_size = many * 4 * 4
-        self.apply(init_weights)
 
     def forward(self, obs: Tensor) -> Tensor:
-        x = obs.reshape(-1, 64, 64, 3).permute(0, 3, 1, 2)
-        return super().forward(x / 255 - 0.5).unflatten(0, obs.shape[:-3])
+        x = obs.reshape(-1, 64, 64, 3) / 255 - 0.5
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # [N, height, width, channels]
+            x = nn.functional.silu(norm(x))
+        return x.flatten(1).unflatten(0, obs.shape[:-3])
 
 
 class Decoder(nn.Sequential):
-    """Features [..., F] -> mean frames [..., 64, 64, 3] in [0, 1]."""
+    """Features [..., F] -> mean frames [..., 64, 64, 3] in [0, 1]. A linear layer whose outputs are
+    4x4 pixels is a transposed convolution of stride 4, but faster than nn.ConvTranspose2d."""
 
     def __init__(self, feat_size: int, depth: int):
         few, many = 2 * depth, 8 * depth
-        to_4x4 = [nn.Linear(feat_size, many * 4 * 4), nn.Unflatten(1, (many, 4, 4))]
-        to_16x16 = nn.ConvTranspose2d(many, few, 4, stride=4)
-        to_64x64 = nn.ConvTranspose2d(few, 3, 4, stride=4)
-        super().__init__(*to_4x4, NormSiLU(many), to_16x16, NormSiLU(few), to_64x64, nn.Sigmoid())
+        to_4x4 = nn.Linear(feat_size, 16 * many)
+        to_16x16 = nn.Sequential(nn.LayerNorm(many), nn.SiLU(), nn.Linear(many, 16 * few))
+        to_64x64 = nn.Sequential(nn.LayerNorm(few), nn.SiLU(), nn.Linear(few, 16 * 3))
+        super().__init__(to_4x4, to_16x16, to_64x64)
         self.apply(init_weights)
 
     def forward(self, feat: Tensor) -> Tensor:
-        x = super().forward(feat.reshape(-1, feat.shape[-1]))
-        return x.permute(0, 2, 3, 1).unflatten(0, feat.shape[:-1])
+        x = feat[..., None, None, :]  # [..., 1, 1, F]
+        for stage in self:
+            patches = stage(x).unflatten(-1, (4, 4, -1))  # [..., h, w, 4, 4, channels]
+            x = patches.transpose(-4, -3).flatten(-3, -2).flatten(-4, -3)  # [..., 4h, 4w, channels]
+        return torch.sigmoid(x)
 
 
 # %% 1.3 Recurrent state-space model (RSSM)
@@ -244,12 +244,11 @@ class RSSM(nn.Module):
         return self.params(self.prior_net(h))
 
     def sample(self, probs: Tensor) -> Tensor:
-        """One-hot z [..., Z]. Straight-through: its gradient is handed on to `probs`."""
+        """One-hot z [..., Z]. Straight-through: the bracket is 0, its gradient is that of probs."""
         # The first class whose cumulative probability is >= u: faster than torch.distributions.
         u = torch.rand_like(probs[..., :1])
         drawn = (sg(probs).cumsum(-1) < u).sum(-1).clamp(max=self.shape[1] - 1)
         one_hot = nn.functional.one_hot(drawn, self.shape[1])
-        # Forward, the bracket is 0. Backward, it hands the gradient on to the probabilities.
         return (one_hot + (probs - sg(probs))).flatten(-2)
 
     def entropy(self, probs: Tensor) -> Tensor:
@@ -329,8 +328,8 @@ def small_frame(image) -> np.ndarray:
     is_bytes = frame.dtype == np.uint8  # then all values fit, without a look at every pixel
     if frame.ndim not in (2, 3) or not (is_bytes or 0 <= frame.min() <= frame.max() <= 255):
         raise ValueError(f"render() gave {type(image).__name__} {frame.shape}, no frame in 0...255")
-    picture = Image.fromarray(frame.astype(np.uint8)).convert("RGB")
-    return np.array(picture.resize((64, 64), Image.Resampling.BOX))
+    picture = Image.fromarray(frame.astype(np.uint8, copy=False))
+    return np.array(picture.resize((64, 64), Image.Resampling.BOX).convert("RGB"))
 
 
 class PixelEnv(gym.Wrapper):
@@ -513,11 +512,10 @@ def gradient_step(agent: Agent, part: str, loss: Tensor, anneal: float = 1.0) ->
 
 
 def update_world_model(agent: Agent, batch: dict[str, Tensor], anneal: float = 1.0):
-    """Rows [B, T, ...] -> states (h, z) [B, T, F], metrics. One step, unless `anneal` is 0."""
+    """Rows [B, T, ...] -> states (h, z) [B, T, F], metrics. One step of the optimizer."""
     loss, feat, metrics = agent.world_model.loss(batch)
-    if anneal > 0:
-        metrics["wm/grad_norm"] = gradient_step(agent, "world_model", loss, anneal)
-    return sg(feat), metrics
+    grad_norm = gradient_step(agent, "world_model", loss, anneal)
+    return sg(feat), metrics | {"wm/grad_norm": grad_norm}
 
 
 # %% [markdown]
@@ -624,8 +622,9 @@ def train(config: Config, agent: Agent | None = None) -> Path:
             replay.add(env.row, agent.world_model.rssm.initial(1))
             state, repeat = None, False
             score, episode_start, metrics = 0.0, step, {}
-            # Repeats explore further. They are frequent in every other episode of the prefill.
-            chance = 0.75 if step < config.prefill and episode % 2 else 0.02
+            # Repeats explore further: often, in every other episode until dreamed returns differ.
+            unknown = agent.return_range.diff() < 1e-3
+            chance = 0.75 if unknown and episode % 2 else 0.02
 
             while not env.row["is_last"]:
                 # Act: draw an action, or repeat the last one. A repeat goes on in 75 % of cases.
@@ -639,8 +638,10 @@ def train(config: Config, agent: Agent | None = None) -> Path:
                 while updates < updates_due(config, step):
                     model_anneal, behavior_anneal = schedule(config, step, updates)
                     batch = replay.sample(config.batch_size, config.batch_length)
-                    feat, metrics = update_world_model(agent, batch, model_anneal)
-                    replay.refresh(feat)  # [B, T, F]
+                    feat = batch["prev_feat"]  # [B, T, F]
+                    if model_anneal > 0:  # else dreams begin in the stored states
+                        feat, metrics = update_world_model(agent, batch, model_anneal)
+                        replay.refresh(feat)
                     if updates >= config.pretrain:
                         start = feat[:, ::4].flatten(0, 1)  # [N, F]: every fourth state
                         metrics |= update_behavior(agent, start, behavior_anneal)
@@ -709,8 +710,7 @@ class Log:
 # - Eq. 5.3 `policy_entropy`: of the actor in the same dreams
 # %% 5.1 Evaluation on unseen seeds
 def play(agent: Agent, env: PixelEnv, seed: int, chance: float = 0.0) -> tuple[list, list]:
-    """The rows of an episode, and the (h, z) [1, F] in which its actions were chosen.
-    At each step 15 random actions begin with this chance."""
+    """Rows, and the (h, z) [1, F] of each action. With this chance 15 random actions begin."""
     env.reset(seed=seed)
     rows, feats, state, burst = [env.row], [], None, 0
     while not env.row["is_last"]:
@@ -733,7 +733,7 @@ def evaluate(agent: Agent, episodes: int = 3, seed: int = 0) -> dict[str, float]
         for _ in tqdm(range(episodes), "evaluation", leave=False):
             returns.append(sum(row["reward"] for row in play(agent, env, next(unseen))[0]))
         # If all rewards are 1, rho needs falls: then r is 0 (5.2). Random actions cause them.
-        while sum(len(rows) for rows, _ in held_out) < 200 * episodes:
+        while sum(len(rows) for rows, _ in held_out) < 100 * episodes:
             held_out.append(play(agent, env, next(unseen), chance=0.02))
         metrics = dream_metrics(agent, held_out)
 

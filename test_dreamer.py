@@ -208,7 +208,7 @@ def test_rewards_and_values_begin_at_exactly_zero_and_actions_nearly_uniform(age
     assert torch.allclose(agent.actor(feat).probs, torch.tensor(1 / A), atol=0.02)
 
 
-@pytest.mark.parametrize("kind, sizes", [("Conv2d", (16, 64, 5)), ("ConvTranspose2d", (64, 16, 5))])
+@pytest.mark.parametrize("kind, sizes", [("Conv2d", (16, 64, 5)), ("Linear", (400, 64))])
 def test_weights_begin_with_variance_one_over_fan_in(kind, sizes):
     layer = getattr(torch.nn, kind)(*sizes)
     dreamer.init_weights(layer)
@@ -221,6 +221,18 @@ def test_encoder_and_decoder_keep_leading_axes(agent):
     assert model.encoder(torch.zeros(2, 3, 64, 64, 3, dtype=torch.uint8)).shape == (2, 3, 256)
     frames = model.decoder(torch.zeros(2, 3, D + Z))
     assert frames.shape == (2, 3, 64, 64, 3) and 0 <= frames.min() and frames.max() <= 1
+
+
+def test_decoder_is_three_transposed_convolutions(agent):
+    decoder, feat = agent.world_model.decoder, torch.randn(2, D + Z)
+    x = feat[:, :, None, None]
+    for layers in ([decoder[0]], decoder[1], decoder[2]):
+        for layer in layers[:-1]:  # norm and SiLU
+            x = layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        weight = layers[-1].weight.T.unflatten(1, (4, 4, -1))  # [in, 4, 4, out]
+        x = torch.nn.functional.conv_transpose2d(x, weight.permute(0, 3, 1, 2), stride=4)
+    frames = torch.sigmoid(x).permute(0, 2, 3, 1)
+    assert torch.allclose(decoder(feat), frames, atol=1e-5) and frames.std() > 0.05
 
 
 def test_kl_and_entropy_are_sums_over_categorical_variables(agent):
@@ -725,13 +737,6 @@ def test_what_is_not_finite_stops_before_any_weight_is_moved(agent, poison):
     assert not agent.optimizers["world_model"].state
 
 
-def test_an_update_with_anneal_zero_gives_states_and_moves_no_weight(agent):
-    before = snapshot(agent)
-    feat, metrics = dreamer.update_world_model(agent, random_batch(), anneal=0.0)
-    assert feat.shape == (4, 6, D + Z) and not feat.requires_grad and "wm/recon" in metrics
-    assert not changed(agent, before) and not agent.optimizers["world_model"].state
-
-
 # Section 4: training loop
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
@@ -1114,16 +1119,16 @@ def test_returns_are_of_unseen_seeds_and_random_actions_take_over_in_the_others(
 
     def watched(agent, env, seed, chance=0.0):
         seeds.append((seed, chance > 0))
-        return 200 * [{"reward": seed % 8}], [seed]
+        return 100 * [{"reward": seed % 8}], [seed]
 
     monkeypatch.setattr(dreamer, "play", watched)
     monkeypatch.setattr(
         dreamer, "dream_metrics", lambda agent, held_out: seen.extend(held_out) or {}
     )
     metrics = evaluate(agent, 2, seed=3)
-    assert seeds == [(6_000_001 + 2 * i, i > 1) for i in range(4)]  # then 2 * 200 rows for rho
-    assert [(len(rows), *states) for rows, states in seen] == [(200, seed) for seed, _ in seeds[2:]]
-    assert metrics == {"eval/return": 200 * 2, "eval/return_std": 200 * 1}
+    assert seeds == [(6_000_001 + 2 * i, i > 1) for i in range(4)]  # then 2 * 100 rows for rho
+    assert [(len(rows), *states) for rows, states in seen] == [(100, seed) for seed, _ in seeds[2:]]
+    assert metrics == {"eval/return": 100 * 2, "eval/return_std": 100 * 1}
 
 
 def test_random_actions_take_over_for_fifteen_steps_and_the_agent_knows_what_was_done(monkeypatch):
