@@ -49,7 +49,7 @@ from torch import distributions as td
 from tqdm import tqdm
 
 sg = Tensor.detach  # stop-gradient: to the loss, sg(x) is a constant
-torch.empty(8_000_000)  # 32 MB, freed at once: now Linux keeps freed memory at hand (faster)
+torch.empty(8_000_000)  # freeing 32 MB once makes glibc reuse large blocks, not unmap them (faster)
 td.Distribution.set_default_validate_args(False)  # checking every argument takes time
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # environments draw without a screen,
 os.environ.setdefault("SDL_NO_SIGNAL_HANDLERS", "1")  # and leave Ctrl-C to Python
@@ -92,7 +92,7 @@ class Config:
     critic_rate: float = 0.1  # how far the slow critic, a steadier copy, moves towards the critic
     return_rate: float = 0.01  # rate of the running mean in Eq. 3.4; with 0 the scale is 1
     eval_every: int = 1_250  # steps between evaluations, each with a checkpoint
-    episodes: int = 3  # episodes for eval/return; more are played for eval/reward_rho
+    episodes: int = 2  # episodes for eval/return; eval/reward_rho has 100 steps or more for each
 
     def __post_init__(self):
         for name, value in asdict(self).items():
@@ -171,25 +171,25 @@ class Encoder(nn.Module):
     def forward(self, obs: Tensor) -> Tensor:
         x = obs.reshape(-1, 64, 64, 3) / 255 - 0.5
         for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # [N, height, width, channels]
+            x = conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # nn.Conv2d wants channels first
             x = nn.functional.silu(norm(x))
         return x.flatten(1).unflatten(0, obs.shape[:-3])
 
 
-class Decoder(nn.Sequential):
-    """Features [..., F] -> mean frames [..., 64, 64, 3] in [0, 1]. A linear layer whose outputs are
-    4x4 pixels is a transposed convolution of stride 4, but faster than nn.ConvTranspose2d."""
+class Decoder(nn.ModuleList):
+    """Features [..., F] -> mean frames [..., 64, 64, 3] in [0, 1]. A linear layer that gives 4x4
+    pixels is a transposed convolution, kernel and stride 4, with a bias for each pixel: faster."""
 
     def __init__(self, feat_size: int, depth: int):
         few, many = 2 * depth, 8 * depth
         to_4x4 = nn.Linear(feat_size, 16 * many)
         to_16x16 = nn.Sequential(nn.LayerNorm(many), nn.SiLU(), nn.Linear(many, 16 * few))
         to_64x64 = nn.Sequential(nn.LayerNorm(few), nn.SiLU(), nn.Linear(few, 16 * 3))
-        super().__init__(to_4x4, to_16x16, to_64x64)
+        super().__init__([to_4x4, to_16x16, to_64x64])
         self.apply(init_weights)
 
     def forward(self, feat: Tensor) -> Tensor:
-        x = feat[..., None, None, :]  # [..., 1, 1, F]
+        x = feat[..., None, None, :]  # [..., h, w, F]: h = w = 1, then 4, 16, 64
         for stage in self:
             patches = stage(x).unflatten(-1, (4, 4, -1))  # [..., h, w, 4, 4, channels]
             x = patches.transpose(-4, -3).flatten(-3, -2).flatten(-4, -3)  # [..., 4h, 4w, channels]
@@ -244,7 +244,7 @@ class RSSM(nn.Module):
         return self.params(self.prior_net(h))
 
     def sample(self, probs: Tensor) -> Tensor:
-        """One-hot z [..., Z]. Straight-through: the bracket is 0, its gradient is that of probs."""
+        """One-hot z [..., Z]. Straight-through: probs - sg(probs) is 0, with probs' gradient."""
         # The first class whose cumulative probability is >= u: faster than torch.distributions.
         u = torch.rand_like(probs[..., :1])
         drawn = (sg(probs).cumsum(-1) < u).sum(-1).clamp(max=self.shape[1] - 1)
@@ -328,8 +328,8 @@ def small_frame(image) -> np.ndarray:
     is_bytes = frame.dtype == np.uint8  # then all values fit, without a look at every pixel
     if frame.ndim not in (2, 3) or not (is_bytes or 0 <= frame.min() <= frame.max() <= 255):
         raise ValueError(f"render() gave {type(image).__name__} {frame.shape}, no frame in 0...255")
-    picture = Image.fromarray(frame.astype(np.uint8, copy=False))
-    return np.array(picture.resize((64, 64), Image.Resampling.BOX).convert("RGB"))
+    picture = Image.fromarray(frame.astype(np.uint8, copy=False)).convert("RGB")
+    return np.array(picture.resize((64, 64), Image.Resampling.BOX))
 
 
 class PixelEnv(gym.Wrapper):
@@ -512,7 +512,7 @@ def gradient_step(agent: Agent, part: str, loss: Tensor, anneal: float = 1.0) ->
 
 
 def update_world_model(agent: Agent, batch: dict[str, Tensor], anneal: float = 1.0):
-    """Rows [B, T, ...] -> states (h, z) [B, T, F], metrics. One step of the optimizer."""
+    """Rows [B, T, ...] -> states (h, z) [B, T, F], metrics. One step, at anneal * lr."""
     loss, feat, metrics = agent.world_model.loss(batch)
     grad_norm = gradient_step(agent, "world_model", loss, anneal)
     return sg(feat), metrics | {"wm/grad_norm": grad_norm}
@@ -622,8 +622,8 @@ def train(config: Config, agent: Agent | None = None) -> Path:
             replay.add(env.row, agent.world_model.rssm.initial(1))
             state, repeat = None, False
             score, episode_start, metrics = 0.0, step, {}
-            # Repeats explore further: often, in every other episode until dreamed returns differ.
-            unknown = agent.return_range.diff() < 1e-3
+            # Repeats explore further. Until dreamed returns differ, every other episode has many.
+            unknown = step < config.prefill or agent.return_range.diff() < 0.1 * config.return_rate
             chance = 0.75 if unknown and episode % 2 else 0.02
 
             while not env.row["is_last"]:
@@ -638,8 +638,8 @@ def train(config: Config, agent: Agent | None = None) -> Path:
                 while updates < updates_due(config, step):
                     model_anneal, behavior_anneal = schedule(config, step, updates)
                     batch = replay.sample(config.batch_size, config.batch_length)
-                    feat = batch["prev_feat"]  # [B, T, F]
-                    if model_anneal > 0:  # else dreams begin in the stored states
+                    feat = batch["prev_feat"]  # [B, T, F]: for each row the stored state before it
+                    if model_anneal > 0:  # 0 once step >= steps: dreams begin in stored states
                         feat, metrics = update_world_model(agent, batch, model_anneal)
                         replay.refresh(feat)
                     if updates >= config.pretrain:
@@ -710,7 +710,7 @@ class Log:
 # - Eq. 5.3 `policy_entropy`: of the actor in the same dreams
 # %% 5.1 Evaluation on unseen seeds
 def play(agent: Agent, env: PixelEnv, seed: int, chance: float = 0.0) -> tuple[list, list]:
-    """Rows, and the (h, z) [1, F] of each action. With this chance 15 random actions begin."""
+    """Rows, and (h, z) [1, F] before each action. At a step, 15 random ones begin with a chance."""
     env.reset(seed=seed)
     rows, feats, state, burst = [env.row], [], None, 0
     while not env.row["is_last"]:
@@ -724,7 +724,7 @@ def play(agent: Agent, env: PixelEnv, seed: int, chance: float = 0.0) -> tuple[l
 
 
 @torch.no_grad()
-def evaluate(agent: Agent, episodes: int = 3, seed: int = 0) -> dict[str, float]:
+def evaluate(agent: Agent, episodes: int = 2, seed: int = 0) -> dict[str, float]:
     """Returns of unseen episodes, and Eq. 5.1 to 5.3 where they are defined."""
     unseen = iter(range(2_000_000 * seed + 1, 2_000_000 * (seed + 1), 2))  # training: even seeds
     with PixelEnv(agent.config.env, agent.config.action_repeat) as env, torch.random.fork_rng():

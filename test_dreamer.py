@@ -224,13 +224,16 @@ def test_encoder_and_decoder_keep_leading_axes(agent):
 
 
 def test_decoder_is_three_transposed_convolutions(agent):
+    """With kernel and stride 4, and a bias for each of the 4x4 pixels."""
     decoder, feat = agent.world_model.decoder, torch.randn(2, D + Z)
     x = feat[:, :, None, None]
     for layers in ([decoder[0]], decoder[1], decoder[2]):
         for layer in layers[:-1]:  # norm and SiLU
             x = layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         weight = layers[-1].weight.T.unflatten(1, (4, 4, -1))  # [in, 4, 4, out]
-        x = torch.nn.functional.conv_transpose2d(x, weight.permute(0, 3, 1, 2), stride=4)
+        bias = torch.nn.init.normal_(layers[-1].bias).unflatten(0, (4, 4, -1))  # [4, 4, out]
+        bias = bias.permute(2, 0, 1).tile(1, x.shape[-1], x.shape[-1])
+        x = bias + torch.nn.functional.conv_transpose2d(x, weight.permute(0, 3, 1, 2), stride=4)
     frames = torch.sigmoid(x).permute(0, 2, 3, 1)
     assert torch.allclose(decoder(feat), frames, atol=1e-5) and frames.std() > 0.05
 
@@ -391,8 +394,9 @@ FRAMES = {
 @pytest.mark.parametrize("kind", FRAMES)
 def test_a_frame_may_be_gray_or_color_of_integers_flags_or_floats_up_to_one(kind):
     image, expected = FRAMES[kind]
-    frame = dreamer.small_frame(image)
-    assert frame.dtype == np.uint8 and np.array_equal(frame, expected)
+    for picture in (image, image.repeat(2, 0).repeat(2, 1)):
+        frame = dreamer.small_frame(picture)
+        assert frame.dtype == np.uint8 and np.array_equal(frame, expected)
 
 
 FAULTS = {
