@@ -178,7 +178,7 @@ class Encoder(nn.Module):
 
 class Decoder(nn.ModuleList):
     """Features [..., F] -> mean frames [..., 64, 64, 3] in [0, 1]. A linear layer that gives 4x4
-    pixels is a transposed convolution, kernel and stride 4, with a bias for each pixel: faster."""
+    pixels is a transposed convolution (kernel and stride 4), faster than nn.ConvTranspose2d."""
 
     def __init__(self, feat_size: int, depth: int):
         few, many = 2 * depth, 8 * depth
@@ -710,7 +710,7 @@ class Log:
 # - Eq. 5.3 `policy_entropy`: of the actor in the same dreams
 # %% 5.1 Evaluation on unseen seeds
 def play(agent: Agent, env: PixelEnv, seed: int, chance: float = 0.0) -> tuple[list, list]:
-    """Rows, and (h, z) [1, F] before each action. At a step, 15 random ones begin with a chance."""
+    """Rows, and (h, z) [1, F] before each action; chance: that 15 random ones begin at a step."""
     env.reset(seed=seed)
     rows, feats, state, burst = [env.row], [], None, 0
     while not env.row["is_last"]:

@@ -36,6 +36,7 @@ def test_training_acts_and_learns_when_and_as_fast_as_it_should(tmp_path, monkey
     repeats = [bool(options["repeat"]) for *_, options in acted]
     assert not any(repeats[0::16])  # an episode's first action has none before it
     assert len(batches) == 25 and len(rates) == len(fresh) == 21
+    assert not any(feat.requires_grad for feat in fresh)
     fresh += [batch["prev_feat"] for batch in batches[21:]]  # in posttrain the world model rests
     assert [n for n, *_ in behaved] == list(range(4, 26))  # not while the model is pretrained
     for n, start, anneal in behaved:  # dreams begin in every fourth state of the last batch
