@@ -197,15 +197,8 @@ class Decoder(nn.ModuleList):
 
 
 # %% 1.3 Recurrent state-space model (RSSM)
-def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p || q) in nats of S variables: [..., S, K] -> [...]."""
-    return (p * (p.log() - q.log())).sum((-2, -1))
-
-
 class RSSM(nn.Module):
     """arXiv:1811.04551. Agent(rssm=...) takes another (see recipes/lesson_parts.py)."""
-
-    kl = staticmethod(kl_divergence)  # an RSSM with normal z, say, brings its own
 
     def __init__(self, embed_size: int, action_size: int, config: Config):
         super().__init__()
@@ -250,6 +243,10 @@ class RSSM(nn.Module):
         drawn = (sg(probs).cumsum(-1) < u).sum(-1).clamp(max=self.shape[1] - 1)
         one_hot = nn.functional.one_hot(drawn, self.shape[1])
         return (one_hot + (probs - sg(probs))).flatten(-2)
+
+    def kl(self, p: Tensor, q: Tensor) -> Tensor:
+        """KL(p || q) [...] in nats, of probabilities [..., S, K]."""
+        return (p * (p.log() - q.log())).sum((-2, -1))
 
     def entropy(self, probs: Tensor) -> Tensor:
         """Entropy [...] of z in nats."""
@@ -562,7 +559,8 @@ def update_behavior(agent: Agent, start: Tensor, anneal: float = 1.0) -> dict[st
     # Returns
     returns = lambda_return(reward, value, cont, config.gamma, config.lam)  # [H, N]
     # A start can be terminated: then c_0 is near 0, and its dream hardly counts.
-    weight = sg(torch.cat([cont[:1], config.gamma * cont[1:-1]]).cumprod(0))  # [H, N] Eq. 3.3
+    factors = torch.cat([cont[:1], config.gamma * cont[1:-1]])  # [H, N] c_0, gamma c_1, ...
+    weight = sg(factors.cumprod(0))  # [H, N] Eq. 3.3
     percentiles = torch.quantile(returns, returns.new_tensor([0.05, 0.95]))  # [2]
     low, high = agent.return_range.lerp_(percentiles, config.return_rate)  # the running mean
     scale = (high - low).clamp(min=1.0)  # [] Eq. 3.4
@@ -576,7 +574,8 @@ def update_behavior(agent: Agent, start: Tensor, anneal: float = 1.0) -> dict[st
     actor_loss = -(weight * objective).mean()  # [] Eq. 3.5
 
     # Critic
-    cross_entropy = agent.critic.loss(feat, sg(returns), sg(agent.slow_critic(feat)))  # [H, N]
+    slow_value = sg(agent.slow_critic(feat))  # [H, N]
+    cross_entropy = agent.critic.loss(feat, sg(returns), slow_value)  # [H, N]
     critic_loss = (weight * cross_entropy).mean()  # [] Eq. 3.6
     assert objective.shape == cross_entropy.shape == weight.shape
 
@@ -623,8 +622,9 @@ def train(config: Config, agent: Agent | None = None) -> Path:
             state, repeat = None, False
             score, episode_start, metrics = 0.0, step, {}
             # Repeats explore further. Until dreamed returns differ, every other episode has many.
-            unknown = step < config.prefill or agent.return_range.diff() < 0.1 * config.return_rate
-            chance = 0.75 if unknown and episode % 2 else 0.02
+            equal = agent.return_range.diff() < 0.1 * config.return_rate
+            often = (step < config.prefill or equal) and episode % 2
+            chance = 0.75 if often else 0.02
 
             while not env.row["is_last"]:
                 # Act: draw an action, or repeat the last one. A repeat goes on in 75 % of cases.
