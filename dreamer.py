@@ -13,8 +13,8 @@ Time      row t: prev_feat, prev_action a_{t-1}, obs o_t, reward r_t, terminated
           Eq. 1.1   h_t = f(h_{t-1}, z_{t-1}, a_{t-1})   recurrent (papers call h deter, z stoch)
           Eq. 1.2   z_t ~ q(. | h_t, o_t)                posterior: has seen the frame
           Eq. 1.3   z_t ~ p(. | h_t)                     prior: has not, so it can dream
-          o_t, r_t and c_t = 1 - terminated_t are predicted from (h_t, z_t).
-          The action led to o_t, prev_feat is (h, z)_{t-1}. In a first row both and r_t count as 0.
+          o_t, r_t and c_t = 1 - terminated_t are predicted from (h_t, z_t). The action led to o_t.
+          prev_feat is (h, z)_{t-1}. Where is_first, r_t is 0, and Eq. 1.1 starts from zeros.
 
 Gradient of ...    reaches:    encoder, RSSM, decoder, heads    actor    critic
 world model loss                            yes                   -        -
@@ -92,12 +92,12 @@ class Config:
     critic_rate: float = 0.1  # how far the slow critic, a steadier copy, moves towards the critic
     return_rate: float = 0.01  # rate of the running mean in Eq. 3.4; with 0 the scale is 1
     eval_every: int = 1_250  # steps between evaluations, each with a checkpoint
-    episodes: int = 2  # episodes for eval/return; eval/reward_rho has 100 steps or more for each
+    episodes: int = 2  # episodes for eval/return; eval/reward_rho has 100 rows or more for each
 
     def __post_init__(self):
         for name, value in asdict(self).items():
-            counts = type(getattr(Config, name)) is int and not name.endswith(("seed", "train"))
-            lowest = 1 if counts else 0
+            is_int = type(getattr(Config, name)) is int
+            lowest = 1 if is_int and name not in ("seed", "pretrain", "posttrain") else 0
             highest = 1 if name in "unimix gamma lam critic_rate return_rate".split() else 10**9
             if not isinstance(value, str) and not lowest <= value <= highest:
                 raise ValueError(f"{name} must lie between {lowest} and {highest}, not {value}")
@@ -132,8 +132,8 @@ def twohot_encode(x: Tensor, bins: Tensor) -> Tensor:
 def twohot_decode(logits: Tensor, bins: Tensor) -> Tensor:
     """Logits [..., bins] -> mean of the bins [...]."""
     terms = torch.softmax(logits, -1) * bins
-    # Bins -b and b, up to 4.85e8, are added first (each pair twice), so equal weights give 0.
-    return (terms + terms.flip(-1)).sum(-1) / 2
+    # Bins -b and b, up to 4.85e8, cancel first. A plain sum gives -0.3 for equal weights, not 0.
+    return (terms + terms.flip(-1)).sum(-1) / 2  # each pair is in it twice
 
 
 def init_weights(module: nn.Module) -> None:
@@ -189,10 +189,10 @@ class Decoder(nn.ModuleList):
         self.apply(init_weights)
 
     def forward(self, feat: Tensor) -> Tensor:
-        x = feat[..., None, None, :]  # [..., h, w, F]: h = w = 1, then 4, 16, 64
-        for stage in self:
-            patches = stage(x).unflatten(-1, (4, 4, -1))  # [..., h, w, 4, 4, channels]
-            x = patches.transpose(-4, -3).flatten(-3, -2).flatten(-4, -3)  # [..., 4h, 4w, channels]
+        x = feat[..., None, None, :]  # [..., n, n, channels]: n = 1 (F channels), then 4, 16, 64
+        for stage in self:  # each pixel becomes 4x4 pixels
+            x = stage(x).unflatten(-1, (4, 4, -1)).transpose(-4, -3)  # [..., n, 4, n, 4, channels]
+            x = x.flatten(-5, -4).flatten(-3, -2)  # [..., 4n, 4n, channels]
         return torch.sigmoid(x)
 
 
@@ -203,7 +203,7 @@ class RSSM(nn.Module):
     def __init__(self, embed_size: int, action_size: int, config: Config):
         super().__init__()
         D, units, Z = config.hidden, config.units, config.groups * config.classes
-        self.shape = config.groups, config.classes
+        self.shape = config.groups, config.classes  # S, K
         self.hidden, self.feat_size = D, D + Z
         self.unimix = max(config.unimix, 1e-6)  # the KL never takes the logarithm of 0
 
@@ -212,7 +212,7 @@ class RSSM(nn.Module):
         self.gates = nn.Sequential(nn.Linear(units + D, 3 * D), nn.LayerNorm(3 * D))
         self.apply(init_weights)
         self.prior_net = mlp(D, units, 1, Z)
-        self.post_net = mlp(D + embed_size, units, 1, Z, outscale=3.0)  # z is learned sooner
+        self.post_net = mlp(D + embed_size, units, 1, Z, outscale=3.0)  # so frames differ in z
 
     def initial(self, batch: int) -> Tensor:
         """The state before an episode: zeros [batch, F]."""
@@ -267,12 +267,12 @@ class RSSM(nn.Module):
         """Sequences [B, T, ...], and the states [B, F] before them -> states (h, z) [B, T, F],
         posterior, prior [B, T, S, K]. Where is_first, state and action before count as 0."""
         keep = (~is_first).float().unsqueeze(-1)  # [B, T, 1]
-        prev_action, feats, posts = keep * prev_action, [], []
+        prev_action = keep * prev_action
+        feats, posts = [], []
         for t in range(embed.shape[1]):
             feat, post = self.obs_step(keep[:, t] * feat, prev_action[:, t], embed[:, t])
             feats.append(feat)
             posts.append(post)
-
         feats = torch.stack(feats, 1)
         return feats, torch.stack(posts, 1), self.prior(feats[..., : self.hidden])
 
@@ -306,14 +306,14 @@ class Actor(nn.Module):
     def __init__(self, feat_size: int, action_space: gym.Space, units: int):
         super().__init__()
         self.discrete = isinstance(action_space, Discrete)
-        outputs = flatdim(action_space) * (1 if self.discrete else 2)  # flatdim: A
+        outputs = flatdim(action_space) * (1 if self.discrete else 2)  # A, or 2 A
         self.net = mlp(feat_size, units, 2, outputs, outscale=0.01)
 
     def forward(self, feat: Tensor) -> td.Distribution:
         if self.discrete:
             return td.OneHotCategorical(logits=self.net(feat))
         mean, std = self.net(feat).chunk(2, -1)
-        std = 0.9 * torch.sigmoid(std + 2) + 0.1
+        std = 0.9 * torch.sigmoid(std + 2) + 0.1  # between 0.1 and 1, at first 0.9
         return td.Independent(td.Normal(torch.tanh(mean), std), 1)
 
 
@@ -321,7 +321,7 @@ class Actor(nn.Module):
 def small_frame(image) -> np.ndarray:
     """A gray or color frame, integers to 255 or floats to 1 -> uint8 [64, 64, 3]."""
     frame = np.squeeze(np.asarray(image))
-    frame = 255 * frame if frame.dtype.kind in "fb" else frame  # there 1 is white
+    frame = 255 * frame if frame.dtype.kind in "fb" else frame  # in floats, 1 is white
     is_bytes = frame.dtype == np.uint8  # then all values fit, without a look at every pixel
     if frame.ndim not in (2, 3) or not (is_bytes or 0 <= frame.min() <= frame.max() <= 255):
         raise ValueError(f"render() gave {type(image).__name__} {frame.shape}, no frame in 0...255")
@@ -399,12 +399,12 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def act(self, obs: np.ndarray, state: tuple | None = None, explore=False, repeat=False):
-        """Frame uint8 [64, 64, 3], last state -> action, new state. A state is ((h, z), action).
+        """Frame uint8 [64, 64, 3], last state -> action, new state: a state here is (feat, action).
         The action is the most likely one, or drawn (explore), or the last one again (repeat)."""
-        model, obs = self.world_model, torch.as_tensor(obs, device=self.config.device)[None]
+        model = self.world_model
+        obs = torch.as_tensor(obs, device=self.config.device)[None]  # [1, 64, 64, 3]
         if state is None:  # (h, z) [1, F] and the action [1, A] before an episode
             state = model.rssm.initial(1), obs.new_zeros(1, flatdim(self.action_space)).float()
-
         feat, _ = model.rssm.obs_step(*state, model.encoder(obs))
         action = self.actor(feat).sample() if explore else self.actor(feat).mode
         action = state[1] if repeat else action
@@ -431,13 +431,13 @@ class ReplayBuffer:
     def sample(self, batch_size: int, length: int) -> dict[str, Tensor]:
         """Sequences [B, T, ...] that start at the later of two random rows: new ones count more."""
         starts = torch.randint(len(self.rows) - length + 1, (2, batch_size)).amax(0)
-        self.sampled = [start + t for start in starts.tolist() for t in range(length)]
-        columns = stack_rows([self.rows[i] for i in self.sampled])  # [B * T, ...]
+        self.drawn = [start + t for start in starts.tolist() for t in range(length)]  # for refresh
+        columns = stack_rows([self.rows[i] for i in self.drawn])  # [B * T, ...]
         return {name: x.unflatten(0, (-1, length)).to(self.device) for name, x in columns.items()}
 
     def refresh(self, feat: Tensor) -> None:
         """Store the new states [B, T, F] of the last sample, each in the row that follows it."""
-        for i, x in zip(self.sampled, feat.flatten(0, 1).cpu().numpy(), strict=True):
+        for i, x in zip(self.drawn, feat.flatten(0, 1).cpu().numpy(), strict=True):
             if i + 1 < len(self.rows):
                 self.rows[i + 1]["prev_feat"] = x.copy()
 
@@ -477,7 +477,7 @@ class WorldModel(nn.Module):
         error = nn.functional.mse_loss(frame, batch["obs"] / 255, reduction="none")
         goes_on = td.Bernoulli(logits=self.cont_head(feat).squeeze(-1))
 
-        # Each of these is [B, T].
+        # The terms of Eq. 2.6 are losses, not predictions (see `predict`). Each is [B, T].
         recon = error.sum((-3, -2, -1))  # Eq. 2.1
         reward = self.reward_head.loss(feat, batch["reward"])  # Eq. 2.2
         cont = -goes_on.log_prob(1 - batch["terminated"].float())  # Eq. 2.3
@@ -523,7 +523,7 @@ def update_world_model(agent: Agent, batch: dict[str, Tensor], anneal: float = 1
 # - Eq. 3.3 `w_t = c_0 (gamma c_1) ... (gamma c_t)`: discounted chance to be alive
 # - Eq. 3.4 `scale = max(1, running mean of (95th - 5th percentile of R))`
 # - Eq. 3.5 `actor loss = -mean w_t (sg((R_t - v_t) / scale) ln pi(a_t | h_t, z_t) + eta entropy)`
-# - Eq. 3.6 `critic loss = -mean w_t (ln v(R_t | h_t, z_t) + ln v(slow critic's v_t | h_t, z_t))`
+# - Eq. 3.6 `critic loss = mean w_t (CE(R_t) + CE(slow critic's v_t))`, CE: two-hot cross-entropy
 # %% 3.1 Imagination
 def imagine(model: WorldModel, actor: Actor, feat: Tensor, horizon: int) -> tuple[Tensor, Tensor]:
     """Eq. 3.1: start states [N, F] -> states [H+1, N, F], actions [H, N, A]."""
@@ -536,7 +536,7 @@ def imagine(model: WorldModel, actor: Actor, feat: Tensor, horizon: int) -> tupl
 
 # %% 3.2 Lambda-return
 def lambda_return(reward: Tensor, value: Tensor, cont: Tensor, gamma: float, lam: float) -> Tensor:
-    """Eq. 3.2: reward, value, cont [H+1, ...] -> R [H, ...]. Their first entries are not used."""
+    """Eq. 3.2: reward, value, cont [H+1, ...], whose first entries are not used -> R [H, ...]."""
     returns = [value[-1]]
     for t in reversed(range(len(value) - 1)):
         mixed = (1 - lam) * value[t + 1] + lam * returns[-1]
@@ -602,9 +602,9 @@ def updates_due(config: Config, step: int) -> int:
 
 
 def schedule(config: Config, step: int, updates: int) -> tuple[float, float]:
-    """Factors of the world model's learning rate; of the behavior's, and of eta."""
+    """Two factors: of the world model's learning rate; of the behavior's, and of eta."""
     last_third = 3 * (config.steps - step) / (config.steps - config.prefill)
-    left = updates_due(config, config.steps) - updates  # the last of them are posttrain
+    left = updates_due(config, config.steps) - updates  # over the last `posttrain`, the rate falls
     warm_up = (updates + 1) / 200
     return max(0.0, min(warm_up, 1.0, last_third)), min(1.0, left / max(1, config.posttrain))
 
@@ -621,10 +621,10 @@ def train(config: Config, agent: Agent | None = None) -> Path:
             replay.add(env.row, agent.world_model.rssm.initial(1))
             state, repeat = None, False
             score, episode_start, metrics = 0.0, step, {}
-            # Repeats explore further. Until dreamed returns differ, every other episode has many.
+            # Repeats explore further. Every other episode has many in the prefill, and as long as
+            # dreamed returns are equal. One update with a spread of 0.1 (Eq. 3.4) ends that.
             equal = agent.return_range.diff() < 0.1 * config.return_rate
-            often = (step < config.prefill or equal) and episode % 2
-            chance = 0.75 if often else 0.02
+            chance = 0.75 if (step < config.prefill or equal) and episode % 2 else 0.02
 
             while not env.row["is_last"]:
                 # Act: draw an action, or repeat the last one. A repeat goes on in 75 % of cases.
@@ -638,8 +638,8 @@ def train(config: Config, agent: Agent | None = None) -> Path:
                 while updates < updates_due(config, step):
                     model_anneal, behavior_anneal = schedule(config, step, updates)
                     batch = replay.sample(config.batch_size, config.batch_length)
-                    feat = batch["prev_feat"]  # [B, T, F]: for each row the stored state before it
-                    if model_anneal > 0:  # 0 once step >= steps: dreams begin in stored states
+                    feat = batch["prev_feat"]  # [B, T, F]: the stored state of the row before each
+                    if model_anneal > 0:  # 0 once step >= steps: dreams begin in these stored ones
                         feat, metrics = update_world_model(agent, batch, model_anneal)
                         replay.refresh(feat)
                     if updates >= config.pretrain:
@@ -652,8 +652,8 @@ def train(config: Config, agent: Agent | None = None) -> Path:
             episode += 1
             log.write({"env/step": step, "wm/updates": updates, "env/return": score} | metrics)
             bar.set_postfix(step=step, episode_return=score)
-            due = step // config.eval_every > episode_start // config.eval_every
-            if due or step >= config.steps:
+            passed = step // config.eval_every > episode_start // config.eval_every
+            if passed or step >= config.steps:
                 log.write({"env/step": step} | evaluate(agent, config.episodes, config.seed))
                 log.draw()
                 save_checkpoint(agent, replay, log, step, episode)
@@ -710,11 +710,11 @@ class Log:
 # - Eq. 5.3 `policy_entropy`: of the actor in the same dreams
 # %% 5.1 Evaluation on unseen seeds
 def play(agent: Agent, env: PixelEnv, seed: int, chance: float = 0.0) -> tuple[list, list]:
-    """Rows, and (h, z) [1, F] before each action; chance: that 15 random ones begin at a step."""
+    """Rows, and (h, z) [1, F] before each action. A step begins 15 random ones with `chance`."""
     env.reset(seed=seed)
     rows, feats, state, burst = [env.row], [], None, 0
     while not env.row["is_last"]:
-        burst = 15 if torch.rand(()) < chance else burst - 1  # random actions left
+        burst = 15 if torch.rand(()) < chance else burst - 1  # random if > 0
         action, (feat, _) = agent.act(env.row["obs"], state)
         env.step(env.action_space.sample() if burst > 0 else action)
         rows.append(env.row)
@@ -732,7 +732,7 @@ def evaluate(agent: Agent, episodes: int = 2, seed: int = 0) -> dict[str, float]
         returns, held_out = [], []
         for _ in tqdm(range(episodes), "evaluation", leave=False):
             returns.append(sum(row["reward"] for row in play(agent, env, next(unseen))[0]))
-        # If all rewards are 1, rho needs falls: then r is 0 (5.2). Random actions cause them.
+        # If all rewards are 1, rho needs falls (r is 0 after one): random actions cause some.
         while sum(len(rows) for rows, _ in held_out) < 100 * episodes:
             held_out.append(play(agent, env, next(unseen), chance=0.02))
         metrics = dream_metrics(agent, held_out)

@@ -1,8 +1,7 @@
 """Tasks of DeepMind Control, seen through camera 0, as in the papers.
 
     pip install "shimmy[dm-control]" "mujoco<4"
-    python dreamer.py --env recipes.dm_control:cartpole-swingup-v0 --action-repeat 8 \\
-        --steps 20000 --depth 16 --pretrain 1500 --entropy 3e-3 --eval-every 5000
+    python dreamer.py --env recipes.dm_control:cartpole-swingup-v0 --action-repeat 8 --steps 50000
 
 This file is no program. It registers environments, and `--env` imports it. Camera 0 stands close:
 from MuJoCo's default camera the pole of CartPole has ten pixels. MuJoCo draws with OpenGL. On a
