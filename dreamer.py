@@ -322,8 +322,7 @@ def small_frame(image) -> np.ndarray:
     """A gray or color frame, integers to 255 or floats to 1 -> uint8 [64, 64, 3]."""
     frame = np.squeeze(np.asarray(image))
     frame = 255 * frame if frame.dtype.kind in "fb" else frame  # in floats, 1 is white
-    is_bytes = frame.dtype == np.uint8  # then all values fit, without a look at every pixel
-    if frame.ndim not in (2, 3) or not (is_bytes or 0 <= frame.min() <= frame.max() <= 255):
+    if frame.ndim not in (2, 3) or not 0 <= frame.min() <= frame.max() <= 255:
         raise ValueError(f"render() gave {type(image).__name__} {frame.shape}, no frame in 0...255")
     picture = Image.fromarray(frame.astype(np.uint8, copy=False)).convert("RGB")
     return np.array(picture.resize((64, 64), Image.Resampling.BOX))
@@ -405,6 +404,7 @@ class Agent(nn.Module):
         obs = torch.as_tensor(obs, device=self.config.device)[None]  # [1, 64, 64, 3]
         if state is None:  # (h, z) [1, F] and the action [1, A] before an episode
             state = model.rssm.initial(1), obs.new_zeros(1, flatdim(self.action_space)).float()
+
         feat, _ = model.rssm.obs_step(*state, model.encoder(obs))
         action = self.actor(feat).sample() if explore else self.actor(feat).mode
         action = state[1] if repeat else action
