@@ -7,7 +7,7 @@ This file is no program. It registers environments, and `--env` imports it. Came
 from MuJoCo's default camera the pole of CartPole has ten pixels. MuJoCo draws with OpenGL. On a
 machine without a screen this file chooses `MUJOCO_GL=egl` if there is a GPU, and else `osmesa`,
 for which Debian's package libosmesa6 is needed. The tasks take seeds of at most 32 bits, so
-`--seed` goes up to 2147. The command above had 671 at commit 25d633d (random actions: 143).
+`--seed` goes up to 2147. The command above has 783 with seed 0 (random actions: 143).
 """
 
 import os
