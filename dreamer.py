@@ -306,7 +306,7 @@ class Actor(nn.Module):
     def __init__(self, feat_size: int, action_space: gym.Space, units: int):
         super().__init__()
         self.discrete = isinstance(action_space, Discrete)
-        outputs = flatdim(action_space) * (1 if self.discrete else 2)  # A, or 2 A
+        outputs = flatdim(action_space) * (1 if self.discrete else 2)  # logits; or mean, std
         self.net = mlp(feat_size, units, 2, outputs, outscale=0.01)
 
     def forward(self, feat: Tensor) -> td.Distribution:
@@ -710,7 +710,7 @@ class Log:
 # - Eq. 5.3 `policy_entropy`: of the actor in the same dreams
 # %% 5.1 Evaluation on unseen seeds
 def play(agent: Agent, env: PixelEnv, seed: int, chance: float = 0.0) -> tuple[list, list]:
-    """Rows, and (h, z) [1, F] before each action. A step begins 15 random ones with `chance`."""
+    """Rows, and (h, z) [1, F] before each action. With `chance`, a step begins 15 random ones."""
     env.reset(seed=seed)
     rows, feats, state, burst = [env.row], [], None, 0
     while not env.row["is_last"]:
