@@ -220,7 +220,7 @@ class RSSM(nn.Module):
 
     def recur(self, feat: Tensor, prev_action: Tensor) -> Tensor:
         """Eq. 1.1, the next h [..., D]: a GRU, but its reset gate scales the whole candidate."""
-        h, z = feat[..., : self.hidden], feat[..., self.hidden :]
+        h, z = feat.split([self.hidden, self.feat_size - self.hidden], -1)
         x = self.inputs(torch.cat([z, prev_action.clamp(-1, 1)], -1))  # Box actions may lie outside
         reset, candidate, update = self.gates(torch.cat([x, h], -1)).chunk(3, -1)
         candidate = torch.tanh(torch.sigmoid(reset) * candidate)
@@ -240,8 +240,8 @@ class RSSM(nn.Module):
         """One-hot z [..., Z]. Straight-through: probs - sg(probs) is 0, with probs' gradient."""
         # The first class whose cumulative probability is >= u: faster than torch.distributions.
         u = torch.rand_like(probs[..., :1])
-        drawn = (sg(probs).cumsum(-1) < u).sum(-1).clamp(max=self.shape[1] - 1)
-        one_hot = nn.functional.one_hot(drawn, self.shape[1])
+        drawn = (sg(probs).cumsum(-1) < u).sum(-1, keepdim=True).clamp(max=self.shape[1] - 1)
+        one_hot = torch.zeros_like(probs).scatter_(-1, drawn, 1.0)
         return (one_hot + (probs - sg(probs))).flatten(-2)
 
     def kl(self, p: Tensor, q: Tensor) -> Tensor:
@@ -269,8 +269,8 @@ class RSSM(nn.Module):
         keep = (~is_first).float().unsqueeze(-1)  # [B, T, 1]
         prev_action = keep * prev_action
         feats, posts = [], []
-        for t in range(embed.shape[1]):
-            feat, post = self.obs_step(keep[:, t] * feat, prev_action[:, t], embed[:, t])
+        for t, embed_t in enumerate(embed.unbind(1)):  # embed[:, t] would have a slower gradient
+            feat, post = self.obs_step(keep[:, t] * feat, prev_action[:, t], embed_t)
             feats.append(feat)
             posts.append(post)
         feats = torch.stack(feats, 1)
