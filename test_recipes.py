@@ -12,7 +12,7 @@ from gymnasium.utils.env_checker import check_env
 
 import dreamer
 from dreamer import Agent, Config, PixelEnv, train
-from recipes import dream_env, dynamics_gradient, gaussian_latents
+from recipes import dream_env, dynamics_gradient, gaussian_latents, pendulum
 
 SMALL = dict(
     depth=2, hidden=16, groups=4, classes=4, units=16, batch_size=4, batch_length=6, horizon=5,
@@ -166,6 +166,30 @@ def test_playing_in_the_dream_needs_a_window(recipe, small_run, monkeypatch):
     monkeypatch.setattr(dream_env.pygame.display, "get_driver", lambda: "x11")
     monkeypatch.setattr(dream_env, "play", lambda env, **options: env.reset(seed=0))
     recipe("dream_env", str(small_run))
+
+
+def test_pendulums_planner_knows_the_physics_and_plays_with_it(recipe, monkeypatch, capsys):
+    env, torque = gym.make("Pendulum-v1"), np.array([-1.3])
+    env.reset(seed=5)
+    for _ in range(20):  # through fast turns
+        *expected, reward = pendulum.simulate(*env.unwrapped.state, torque[0])
+        assert sum(env.step(torque)[1] for _ in range(2)) == pytest.approx(reward)
+        assert env.unwrapped.state == pytest.approx(np.array(expected))
+
+    monkeypatch.setattr(pendulum, "ANGLES", np.linspace(-np.pi, np.pi, 101))  # a coarser grid
+    monkeypatch.setattr(pendulum, "SPEEDS", np.linspace(-8, 8, 81))
+    plane = pendulum.ANGLES[:, None] + 10 * pendulum.SPEEDS
+    assert pendulum.interpolate(plane, np.array(0.52), np.array(-3.37)) == pytest.approx(-33.18)
+    values = pendulum.plan(steps=2)
+    assert [x.shape for x in values] == 3 * [(101, 81)]
+    best = values[2].argmax(), values[2].max()
+    assert best == (50 * 81 + 40, pytest.approx(0, abs=1e-12))  # upright and at rest
+    # Hanging still at first: pi^2, then pi - 0.015 at a speed of 0.3, for the torque of 2.
+    one = -(np.pi**2) - (np.pi - 0.015) ** 2 - 0.1 * 0.3**2 - 2 * 0.001 * 2**2
+    assert values[1][0, 40] == pytest.approx(one)
+
+    recipe("pendulum", "--episodes", "3")
+    assert -160 < float(capsys.readouterr().out.split()[-1]) < -100  # random play: -1,192
 
 
 def test_the_close_up_follows_the_lander():
