@@ -197,22 +197,28 @@ class Decoder(nn.ModuleList):
 
 
 # %% 1.3 Recurrent state-space model (RSSM)
+def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) [...] in nats, of probabilities [..., S, K]."""
+    return (p * (p.log() - q.log())).sum((-2, -1))
+
+
 class RSSM(nn.Module):
     """arXiv:1811.04551. Agent(rssm=...) takes another (see recipes/lesson_parts.py)."""
 
+    kl = staticmethod(kl_divergence)  # an RSSM with another kind of z brings its own
+
     def __init__(self, embed_size: int, action_size: int, config: Config):
         super().__init__()
-        D, units, Z = config.hidden, config.units, config.groups * config.classes
+        D, U, Z = config.hidden, config.units, config.groups * config.classes
         self.shape = config.groups, config.classes  # S, K
         self.hidden, self.feat_size = D, D + Z
         self.unimix = max(config.unimix, 1e-6)  # the KL never takes the logarithm of 0
 
-        layers = [nn.Linear(Z + action_size, units), nn.LayerNorm(units), nn.SiLU()]
-        self.inputs = nn.Sequential(*layers)
-        self.gates = nn.Sequential(nn.Linear(units + D, 3 * D), nn.LayerNorm(3 * D))
+        self.inputs = nn.Sequential(nn.Linear(Z + action_size, U), nn.LayerNorm(U), nn.SiLU())
+        self.gates = nn.Sequential(nn.Linear(U + D, 3 * D), nn.LayerNorm(3 * D))
         self.apply(init_weights)
-        self.prior_net = mlp(D, units, 1, Z)
-        self.post_net = mlp(D + embed_size, units, 1, Z, outscale=3.0)  # so frames differ in z
+        self.prior_net = mlp(D, U, 1, Z)
+        self.post_net = mlp(D + embed_size, U, 1, Z, outscale=3.0)  # so frames differ in z
 
     def initial(self, batch: int) -> Tensor:
         """The state before an episode: zeros [batch, F]."""
@@ -243,10 +249,6 @@ class RSSM(nn.Module):
         drawn = (sg(probs).cumsum(-1) < u).sum(-1, keepdim=True).clamp(max=self.shape[1] - 1)
         one_hot = torch.zeros_like(probs).scatter_(-1, drawn, 1.0)
         return (one_hot + (probs - sg(probs))).flatten(-2)
-
-    def kl(self, p: Tensor, q: Tensor) -> Tensor:
-        """KL(p || q) [...] in nats, of probabilities [..., S, K]."""
-        return (p * (p.log() - q.log())).sum((-2, -1))
 
     def entropy(self, probs: Tensor) -> Tensor:
         """Entropy [...] of z in nats."""
@@ -368,7 +370,6 @@ class PixelEnv(gym.Wrapper):
         flags = [np.asarray(x, float).item() for x in (terminated, truncated)]  # nan for None
         if not np.isfinite([reward, *flags]).all():
             raise ValueError(f"step() gave {reward=}, {terminated=}, {truncated=}")
-
         self.row = {"obs": small_frame(self.env.render()), "prev_action": np.float32(action)}
         self.row |= {"reward": np.float32(reward), "terminated": bool(terminated)}
         self.row |= {"is_first": is_first, "is_last": bool(terminated or truncated)}
@@ -736,7 +737,6 @@ def evaluate(agent: Agent, episodes: int = 2, seed: int = 0) -> dict[str, float]
         while sum(len(rows) for rows, _ in held_out) < 100 * episodes:
             held_out.append(play(agent, env, next(unseen), chance=0.02))
         metrics = dream_metrics(agent, held_out)
-
     metrics |= {"return": np.mean(returns), "return_std": np.std(returns)}
     return {f"eval/{name}": float(x) for name, x in metrics.items() if np.isfinite(float(x))}
 

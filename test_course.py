@@ -1,6 +1,7 @@
-"""Tests of recipes.course, dashboard (open_loop) and earlier_lessons (lesson_parts)."""
+"""Tests of what the course needs: names, its environments, dashboard, weights of P01 and P02."""
 
 import importlib
+import inspect
 import json
 import os
 
@@ -27,6 +28,23 @@ E, R = LessonEncoder().state_dict(), LessonRSSM().state_dict()
 def recipe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return lambda name, *argv: importlib.import_module(f"recipes.{name}").main(list(argv))
+
+
+@pytest.mark.parametrize(
+    "call",
+    "symexp(x); twohot_encode(x, bins); twohot_decode(logits, bins); kl_divergence(p, q); "
+    "lambda_return(reward, value, cont, gamma, lam); imagine(model, actor, feat, horizon); "
+    "update_world_model(agent, batch); update_behavior(agent, start); train(config); "
+    "evaluate(agent, episodes, seed); load_agent(path); Config(); PixelEnv(env_id); "
+    "Encoder(depth); Decoder(feat_size, depth); RSSM(embed_size, action_size, config); "
+    "WorldModel(action_size, config); Actor(feat_size, action_space, units); "
+    "Critic(feat_size, units, layers); ReplayBuffer()".split("; "),
+)
+def test_names_and_arguments_that_other_lessons_use_stay(call):
+    name, *arguments = call.rstrip(")").replace("(", ", ").rstrip(", ").split(", ")
+    parameters = inspect.signature(getattr(dreamer, name)).parameters.values()
+    assert [x.name for x in parameters][: len(arguments)] == arguments
+    assert all(x.default is not x.empty for x in list(parameters)[len(arguments) :])
 
 
 @pytest.mark.parametrize("name, pixels, red", [("Bar", 5 * 64, 255), ("Circle", 197, 229)])
