@@ -26,7 +26,7 @@ critic loss                                  -                    -       yes
 ARGUMENTS = "--resume"  # in a notebook, this takes the place of the command line
 
 # %% [markdown]
-# # Section 1: Setup
+# # Section 1: Setup (1.2 Encoder, 1.3 RSSM, 1.4 Actor, 1.5 PixelEnv, 1.6 Agent, 1.7 ReplayBuffer)
 # %% 1.1 Hyperparameters and small tools
 import copy
 import json
@@ -92,7 +92,7 @@ class Config:
     critic_rate: float = 0.1  # how far the slow critic, a steadier copy, moves towards the critic
     return_rate: float = 0.01  # rate of the running mean in Eq. 3.4; with 0 the scale is 1
     eval_every: int = 1_250  # steps between evaluations, each with a checkpoint
-    episodes: int = 2  # episodes for eval/return; eval/reward_rho has 100 rows or more for each
+    episodes: int = 2  # episodes for eval/return; eval/reward_rho uses 100 rows for each of them
 
     def __post_init__(self):
         for name, value in asdict(self).items():
@@ -444,7 +444,7 @@ class ReplayBuffer:
 
 
 # %% [markdown]
-# # Section 2: World Model Update
+# # Section 2: World Model Update (2.1 WorldModel, 2.2 update_world_model)
 # Eq. 2.6 `loss = mean over B, T of recon + reward + cont + scale_dyn * dyn + scale_rep * rep`
 # - Eq. 2.1 `recon = sum over pixels of (o_t / 255 - decoder(h_t, z_t))^2`
 # - Eq. 2.2 `reward = -ln p(r_t | h_t, z_t)`, a cross-entropy with the two-hot reward
@@ -517,7 +517,7 @@ def update_world_model(agent: Agent, batch: dict[str, Tensor], anneal: float = 1
 
 
 # %% [markdown]
-# # Section 3: Behavior Learning
+# # Section 3: Behavior Learning (3.1 imagine, 3.2 lambda_return, 3.3 update_behavior)
 # The actor dreams H steps from N real states. The heads predict r and c, the critic predicts v.
 # - Eq. 3.1 `a_t ~ pi(. | h_t, z_t)`, `h_{t+1} = f(h_t, z_t, a_t)`, `z_{t+1} ~ p(. | h_{t+1})`
 # - Eq. 3.2 `R_t = r_{t+1} + gamma c_{t+1} ((1 - lam) v_{t+1} + lam R_{t+1})`, `R_H = v_H`
@@ -591,7 +591,7 @@ def update_behavior(agent: Agent, start: Tensor, anneal: float = 1.0) -> dict[st
 
 
 # %% [markdown]
-# # Section 4: Training Loop
+# # Section 4: Training Loop (4.1 train, 4.2 open_run, Log)
 # %% 4.1 The training loop
 def updates_due(config: Config, step: int) -> int:
     """Updates due by this step. By default 500 at 1,500, one every 4 steps, 300 more at 5,000."""
@@ -622,8 +622,8 @@ def train(config: Config, agent: Agent | None = None) -> Path:
             replay.add(env.row, agent.world_model.rssm.initial(1))
             state, repeat = None, False
             score, episode_start, metrics = 0.0, step, {}
-            # Repeats explore further. Every other episode has many in the prefill, and as long as
-            # dreamed returns are equal. One update with a spread of 0.1 (Eq. 3.4) ends that.
+            # Repeats explore further. Every other episode has many in the prefill, and later while
+            # the spread of dreamed returns (the running mean in Eq. 3.4) is below 0.1 * its rate.
             equal = agent.return_range.diff() < 0.1 * config.return_rate
             chance = 0.75 if (step < config.prefill or equal) and episode % 2 else 0.02
 
@@ -703,7 +703,7 @@ class Log:
 
 
 # %% [markdown]
-# # Section 5: Self-Evaluation Metrics
+# # Section 5: Self-Evaluation Metrics (5.1 evaluate, 5.2 dream_metrics), Section 6: Save Checkpoint
 # c' and r' are dreamed k <= 15 steps ahead, with the actions that were really taken.
 # The product c'_1 ... c'_{k-1} is the chance to be alive before step k.
 # - Eq. 5.1 Pearson correlation `reward_rho = corr(c'_1 ... c'_{k-1} r'_k, r_k)`
@@ -711,7 +711,7 @@ class Log:
 # - Eq. 5.3 `policy_entropy`: of the actor in the same dreams
 # %% 5.1 Evaluation on unseen seeds
 def play(agent: Agent, env: PixelEnv, seed: int, chance: float = 0.0) -> tuple[list, list]:
-    """Rows, and (h, z) [1, F] before each action. With `chance`, a step begins 15 random ones."""
+    """Rows; (h, z) [1, F] before each action. With probability `chance` 15 random actions begin."""
     env.reset(seed=seed)
     rows, feats, state, burst = [env.row], [], None, 0
     while not env.row["is_last"]:

@@ -21,6 +21,8 @@ def test_run_all_trains_shows_three_things_and_goes_on_when_run_again(tmp_path, 
     first = notebook.cells[1]  # the first cell of code is the one with the parameters
     assert first.metadata["tags"] == ["parameters"]
     assert first.source.split("  # ")[0] == 'ARGUMENTS = "--resume"'
+    headings = " ".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    assert all(part in headings for part in ("1.6 Agent", "3.1 imagine", "4.1 train"))
 
     for steps in (0, 24):  # a second run goes on with the first one
         first.source = f'ARGUMENTS = "{SMALL}{tmp_path} --steps {96 + steps}"'
@@ -34,3 +36,8 @@ def test_run_all_trains_shows_three_things_and_goes_on_when_run_again(tmp_path, 
         assert sizes == [(1500, 650), (1200, 430)]  # the curves, and the strip of frames
         text = "".join(x.text for x in outputs if x.output_type == "stream")
         assert float(re.search(r"env/step +(\S+)", text)[1]) >= 96 + steps
+
+    first.source = f'ARGUMENTS = "--eval {tmp_path}/test_dreamer-Corridor-v0-0 --episodes 1"'
+    nbclient.NotebookClient(notebook, timeout=120, resources=where).execute()
+    outputs = notebook.cells[-1].outputs
+    assert "eval/return" in "".join(x.text for x in outputs if x.output_type == "stream")

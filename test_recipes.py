@@ -53,15 +53,29 @@ def test_a_recipe_reads_a_run_and_refuses_what_is_none(command, recipe, small_ru
 def test_an_older_choice_trains_and_is_evaluated(command, recipe, brief, capsys):
     argv = command.split() + [f"--{k.replace('_', '-')}={v}" for k, v in SMALL.items()]
     reinforce = dreamer.update_behavior
-    recipe(*argv, "--steps=80", "--runs=small")
+    recipe(*argv, "--steps=80", "--runs=small", "--seed=1")
     metrics = json.loads("{" + capsys.readouterr().out.partition("{")[2])
     assert np.isfinite(list(metrics.values())).all() and metrics["eval/return"] > 0
-    weights = torch.load("small/CartPole-v1-0/checkpoint.pt")["agent"]
+    checkpoint = torch.load("small/CartPole-v1-1/checkpoint.pt")
+    assert metrics == {k: v for k, v in checkpoint["lines"][-1].items() if k != "env/step"}
+    weights = checkpoint["agent"]
     gaussian = len(weights["world_model.rssm.prior_net.3.bias"]) == 2 * S
     ideas = [gaussian, dreamer.update_behavior is not reinforce]
     assert ideas == [command == "dreamer_v1" or x in command for x in ("gaussian", "dynamics")]
     with pytest.raises(SystemExit, match=f"recipes.{argv[0]}: error: .* exists"):
-        recipe(*argv, "--steps=80", "--runs=small")
+        recipe(*argv, "--steps=80", "--runs=small", "--seed=1")
+
+
+def test_each_command_of_v1_has_a_folder_of_its_own(recipe, monkeypatch, capsys):
+    folders = []
+    monkeypatch.setattr(dreamer, "train", lambda config, agent: folders.append(config.runs))
+    monkeypatch.setattr(dreamer, "evaluate", lambda agent, episodes, seed: {})
+    for argv in ([], ["--only", "gaussian"], ["--only", "dynamics"]):
+        recipe("dreamer_v1", *argv)
+    assert folders == ["runs-v1", "runs-v1-gaussian", "runs-v1-dynamics"]
+    with pytest.raises(SystemExit):
+        recipe("dreamer_v1", "--help")
+    assert "--only dynamics" in capsys.readouterr().out
 
 
 def test_ppo_learns_in_the_dream_and_on_pixels(recipe, small_run, capsys):

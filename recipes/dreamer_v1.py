@@ -5,8 +5,8 @@
     python -m recipes.dreamer_v1 --only dynamics
 
 The program takes the options of dreamer.py, too. The two ideas are `recipes.gaussian_latents`
-and `recipes.dynamics_gradient`, where each can be tried with this file's own settings. Sizes,
-rates and the schedule stay those of dreamer.py, so the result tells nothing about the first
+and `recipes.dynamics_gradient`, which try each with the settings of dreamer.py. Sizes, rates and
+the schedule stay those of dreamer.py here, too, so the result tells nothing about the first
 Dreamer itself. Expect returns of 80 to 250 on CartPole after 5,000 steps.
 """
 
@@ -39,7 +39,9 @@ def main(argv: list[str] | None = None) -> None:
     args, others = parser.parse_known_args(argv)
 
     try:
-        config = tyro.cli(Config, args=others, default=Config(runs="runs-v1", **V1))
+        runs = f"runs-v1-{args.only}" if args.only else "runs-v1"
+        default = Config(runs=runs, **V1)
+        config = tyro.cli(Config, description=__doc__, args=others, default=default)
         if args.only == "dynamics":
             dreamer.torch.manual_seed(config.seed)
             agent = Agent(PixelEnv(config.env).action_space, config)
@@ -49,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
             dreamer.update_behavior = update_behavior  # `train` looks it up by this name
 
         dreamer.train(config, agent)
-        print(json.dumps(dreamer.evaluate(agent, config.episodes), indent=2))
+        print(json.dumps(dreamer.evaluate(agent, config.episodes, config.seed), indent=2))
     except (ValueError, OSError) as error:
         sys.exit(f"recipes.dreamer_v1: error: {error}")
 

@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         config = tyro.cli(Config, args=argv, default=Config(runs="runs-v2", **V2))
         agent = load_agent(train(config))
-        print(json.dumps(evaluate(agent, config.episodes), indent=2))
+        print(json.dumps(evaluate(agent, config.episodes, config.seed), indent=2))
     except (ValueError, OSError) as error:
         sys.exit(f"recipes.dreamer_v2: error: {error}")
 

@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
         config = tyro.cli(Config, args=argv, default=Config(runs="runs-dynamics"))
         dreamer.update_behavior = update_behavior  # `train` looks it up by this name
         agent = dreamer.load_agent(dreamer.train(config))
-        print(json.dumps(dreamer.evaluate(agent, config.episodes), indent=2))
+        print(json.dumps(dreamer.evaluate(agent, config.episodes, config.seed), indent=2))
     except (ValueError, OSError) as error:
         sys.exit(f"recipes.dynamics_gradient: error: {error}")
 

@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
         config = tyro.cli(Config, description=__doc__, args=others, default=default)
         agent = lesson_agent(config, args.encoder, args.rssm, args.freeze)
         dreamer.train(config, agent)
-        print(json.dumps(dreamer.evaluate(agent, config.episodes), indent=2))
+        print(json.dumps(dreamer.evaluate(agent, config.episodes, config.seed), indent=2))
     except (ValueError, OSError) as error:
         sys.exit(f"recipes.earlier_lessons: error: {str(error).splitlines()[0]}")
 

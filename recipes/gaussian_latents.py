@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
         agent = gaussian_agent(config)
         dreamer.train(config, agent)
         # `--eval` would build the usual RSSM.
-        print(json.dumps(dreamer.evaluate(agent, config.episodes), indent=2))
+        print(json.dumps(dreamer.evaluate(agent, config.episodes, config.seed), indent=2))
     except (ValueError, OSError) as error:
         sys.exit(f"recipes.gaussian_latents: error: {error}")
 

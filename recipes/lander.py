@@ -7,7 +7,7 @@
 This file is no program. It registers an environment, and `--env` imports it. The task and its
 rewards are Gymnasium's (`pip install "gymnasium[box2d]"`). Only the picture is another one: 160x160
 pixels around those that have the lander's color. One pixel of the agent's frame is then 2.5
-pixels of the task's, where it was 9 by 6. Expect landings after 400 to 450 episodes.
+pixels of the task's, where it was 9 by 6. Expect landings after 390 to 430 episodes.
 """
 
 import gymnasium

@@ -35,8 +35,10 @@ def strip(run: str | Path) -> Figure:
     return figure
 
 
-def show(run: str | Path) -> None:
+def show(run: str | Path | None) -> None:
     """Show the run's curves, its last evaluation, and a strip of frames (dreams.png)."""
+    if run is None:  # `--eval` has printed what it measured
+        return
     run = Path(run)
     display(Image(filename=run / "curves.png"))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -1,6 +1,6 @@
 """How well can Pendulum be played? The mean return of a planner that knows the physics.
 
-    python -m recipes.pendulum --seed 3    on the 50 episodes that --eval plays for this seed
+    python -m recipes.pendulum --seed 3    on the episodes of --eval RUN --seed 3 --episodes 50
 
 The planner's state is the angle (0 is upright) and its speed. Value iteration computes the best
 rewards that can still be had, for every step of an episode and every point of a grid of states.

@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
         dreamer.Critic = SquaredHead
         # `dreamer.py --eval` has the usual heads, so the agent is measured in this program.
         agent = dreamer.load_agent(dreamer.train(config))
-        print(json.dumps(dreamer.evaluate(agent, config.episodes), indent=2))
+        print(json.dumps(dreamer.evaluate(agent, config.episodes, config.seed), indent=2))
     except (ValueError, OSError) as error:
         sys.exit(f"recipes.squared_heads: error: {error}")
 
