@@ -307,8 +307,8 @@ class Actor(nn.Module):
 
     def __init__(self, feat_size: int, action_space: gym.Space, units: int):
         super().__init__()
-        self.discrete = isinstance(action_space, Discrete)
-        outputs = flatdim(action_space) * (1 if self.discrete else 2)  # logits; or mean, std
+        size, self.discrete = flatdim(action_space), isinstance(action_space, Discrete)
+        outputs, self.numbers = (size, 1) if self.discrete else (2 * size, size)  # means and stds
         self.net = mlp(feat_size, units, 2, outputs, outscale=0.01)
 
     def forward(self, feat: Tensor) -> td.Distribution:
@@ -570,7 +570,7 @@ def update_behavior(agent: Agent, start: Tensor, anneal: float = 1.0) -> dict[st
     policy = agent.actor(feat)
     entropy = policy.entropy()  # [H, N]
     advantage = sg((returns - value[:-1]) / scale)  # [H, N]
-    eta = anneal * config.entropy
+    eta = anneal * config.entropy / agent.actor.numbers  # the entropy is a sum over them
     objective = advantage * policy.log_prob(sg(action)) + eta * entropy  # [H, N]
     actor_loss = -(weight * objective).mean()  # [] Eq. 3.5
 

@@ -611,8 +611,10 @@ def test_imagination_follows_prior_and_actor_without_environment(agent, monkeypa
             assert torch.equal(feat[t + 1], torch.cat([h, z], -1))
 
 
-def test_the_behavior_losses_are_those_of_the_equations(agent, monkeypatch):
+@pytest.mark.parametrize("space, numbers", [(Discrete(A), 1), (Box(-1, 1, (A,)), A)])
+def test_the_behavior_losses_are_those_of_the_equations(space, numbers, monkeypatch):
     """Eq. 3.2 to 3.6, a state at a time, on a dream that is given."""
+    agent = new_agent(space=space)
     H, N, gamma, lam = 5, 4, agent.config.gamma, agent.config.lam
     lively(agent).config.entropy, agent.config.return_rate = 0.6, 0.5
     feat = torch.randn(H + 1, N, D + Z)
@@ -624,7 +626,7 @@ def test_the_behavior_losses_are_those_of_the_equations(agent, monkeypatch):
     with torch.no_grad():
         reward, cont = (x.tolist() for x in agent.world_model.predict(feat))
         value, slow = agent.critic(feat).tolist(), agent.slow_critic(feat[:-1])
-        policy = OneHotCategorical(logits=agent.actor.net(feat[:-1]))
+        policy = agent.actor(feat[:-1])
         log_pi, entropy = policy.log_prob(action).tolist(), policy.entropy().tolist()
         columns = np.transpose([reward, value, cont], (2, 0, 1))  # [N, 3, H+1]
         returns = np.transpose([brute_force_return(*x, gamma, lam) for x in columns])
@@ -639,7 +641,8 @@ def test_the_behavior_losses_are_those_of_the_equations(agent, monkeypatch):
             for t in range(H):
                 weight *= cont[0][n] if t == 0 else gamma * cont[t][n]
                 advantage = (returns[t][n] - value[t][n]) / scale
-                actor_loss -= weight * (advantage * log_pi[t][n] + 0.3 * entropy[t][n]) / (H * N)
+                objective = advantage * log_pi[t][n] + 0.3 * entropy[t][n] / numbers
+                actor_loss -= weight * objective / (H * N)
                 critic_loss -= weight * fits[t][n] / (H * N)
     metrics = dreamer.update_behavior(agent, feat[0], anneal=0.5)
     expected = dict(actor=actor_loss, critic=critic_loss)
