@@ -88,7 +88,7 @@ class Config:
     horizon: int = 25  # H, imagined steps
     gamma: float = 0.99  # discount of a step
     lam: float = 0.95  # lambda of the lambda-return
-    entropy: float = 1.2e-2  # eta, weight of the entropy, of a Box per number; falls to 0 in posttrain
+    entropy: float = 1.2e-2  # eta, weight of the entropy, for a Box per number; 0 after posttrain
     critic_rate: float = 0.1  # how far the slow critic, a steadier copy, moves towards the critic
     return_rate: float = 0.01  # rate of the running mean in Eq. 3.4; with 0 the scale is 1
     eval_every: int = 1_250  # steps between evaluations, each with a checkpoint
