@@ -177,8 +177,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.ModuleList):
-    """Features [..., F] -> mean frames [..., 64, 64, 3] in [0, 1]. A linear layer that gives 4x4
-    pixels is a transposed convolution (kernel and stride 4), faster than nn.ConvTranspose2d."""
+    """Features [..., F] -> mean frames [..., 64, 64, 3] in [0, 1]."""
 
     def __init__(self, feat_size: int, depth: int):
         few, many = 2 * depth, 8 * depth
@@ -190,7 +189,7 @@ class Decoder(nn.ModuleList):
 
     def forward(self, feat: Tensor) -> Tensor:
         x = feat[..., None, None, :]  # [..., n, n, channels]: n = 1 (F channels), then 4, 16, 64
-        for stage in self:  # each pixel becomes 4x4 pixels
+        for stage in self:  # each pixel becomes 4x4: a transposed convolution with stride 4
             x = stage(x).unflatten(-1, (4, 4, -1)).transpose(-4, -3)  # [..., n, 4, n, 4, channels]
             x = x.flatten(-5, -4).flatten(-3, -2)  # [..., 4n, 4n, channels]
         return torch.sigmoid(x)
@@ -699,6 +698,7 @@ class Log:
             lines = [line for line in self.lines if name in line]
             axes.plot([x["env/step"] for x in lines], [x[name] for x in lines], ".-")
             axes.set(title=name, xlabel="steps", yscale="log" if name == "wm/recon" else "linear")
+            axes.locator_params("x", nbins=6)
         figure.savefig(self.folder / "curves.png", dpi=100)
 
 

@@ -1,11 +1,14 @@
 """Tests of the training loop in 4.1: what is done when, how often, and at which rates."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import dreamer
-from dreamer import Agent, Config, PixelEnv, ReplayBuffer, train
+from dreamer import Agent, Config, Log, PixelEnv, ReplayBuffer, train
 from test_dreamer import RUN, SMALL, D, Z, spy
 
 
@@ -111,3 +114,18 @@ def test_each_row_keeps_the_state_in_which_its_action_was_chosen(tmp_path, monke
     assert first.sum() == 6 and not rows["prev_feat"][first].any() and feat.any(1).all()
     assert torch.equal(rows["prev_feat"][~first], feat)
     assert torch.equal(rows["prev_action"][~first], action)
+
+
+@pytest.mark.parametrize("steps", [1_600, 5_000, 160_000, 1_600_000])
+def test_the_numbers_below_the_curves_do_not_touch(tmp_path, monkeypatch, steps):
+    figures = []
+    spy(monkeypatch, Figure, "savefig", lambda figure, *args, **kw: figures.append(figure))
+    log = Log(tmp_path)
+    for step in range(steps // 16, steps + 1, steps // 16):
+        names = "env/return eval/return wm/recon wm/kl ac/entropy eval/reward_rho".split()
+        log.write({"env/step": step} | dict.fromkeys(names, 1 + step))
+    log.draw()
+    for axes in figures[0].axes:
+        boxes = [x.get_window_extent() for x in axes.get_xticklabels() if x.get_text()]
+        shown = [x for x in boxes if axes.bbox.x0 <= (x.x0 + x.x1) / 2 <= axes.bbox.x1]
+        assert len(shown) > 2 and all(a.x1 + 5 < b.x0 for a, b in pairwise(shown))
