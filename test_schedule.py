@@ -119,6 +119,7 @@ def test_each_row_keeps_the_state_in_which_its_action_was_chosen(tmp_path, monke
 @pytest.mark.parametrize("steps", [1_600, 5_000, 160_000, 1_600_000])
 def test_the_numbers_below_the_curves_do_not_touch(tmp_path, monkeypatch, steps):
     figures = []
+    monkeypatch.setattr(dreamer, "Figure", Figure)  # other modules of tests draw nothing
     spy(monkeypatch, Figure, "savefig", lambda figure, *args, **kw: figures.append(figure))
     log = Log(tmp_path)
     for step in range(steps // 16, steps + 1, steps // 16):
