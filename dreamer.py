@@ -88,7 +88,7 @@ class Config:
     horizon: int = 25  # H, imagined steps
     gamma: float = 0.99  # discount of a step
     lam: float = 0.95  # lambda of the lambda-return
-    entropy: float = 1.2e-2  # eta, weight of the entropy, for a Box per number; 0 after posttrain
+    entropy: float = 1.2e-2  # eta, entropy's weight; a Box of n numbers has eta / n^2; falls to 0
     critic_rate: float = 0.1  # how far the slow critic, a steadier copy, moves towards the critic
     return_rate: float = 0.01  # rate of the running mean in Eq. 3.4; with 0 the scale is 1
     eval_every: int = 1_250  # steps between evaluations, each with a checkpoint
@@ -265,9 +265,8 @@ class RSSM(nn.Module):
         return torch.cat([h, self.sample(post)], -1), post
 
     def observe(self, embed: Tensor, prev_action: Tensor, is_first: Tensor, feat: Tensor):
-        """Sequences [B, T, ...], and the states [B, F] before them -> states (h, z) [B, T, F],
-        posterior, prior [B, T, S, K]. Where is_first, state and action before count as 0."""
-        keep = (~is_first).float().unsqueeze(-1)  # [B, T, 1]
+        """Sequences [B, T, ...] after states [B, F] -> [B, T, F], posterior, prior [B, T, S, K]."""
+        keep = (~is_first).float().unsqueeze(-1)  # [B, T, 1]: state and action count as 0
         prev_action = keep * prev_action
         feats, posts = [], []
         for t, embed_t in enumerate(embed.unbind(1)):  # embed[:, t] would have a slower gradient
@@ -309,11 +308,15 @@ class Actor(nn.Module):
         size, self.discrete = flatdim(action_space), isinstance(action_space, Discrete)
         outputs, self.numbers = (size, 1) if self.discrete else (2 * size, size)  # means and stds
         self.net = mlp(feat_size, units, 2, outputs, outscale=0.01)
+        self.limit = torch.inf if self.discrete else 3.0  # tanh and sigmoid are flat beyond 3
 
     def forward(self, feat: Tensor) -> td.Distribution:
+        return self.policy(self.net(feat))
+
+    def policy(self, outputs: Tensor) -> td.Distribution:
         if self.discrete:
-            return td.OneHotCategorical(logits=self.net(feat))
-        mean, std = self.net(feat).chunk(2, -1)
+            return td.OneHotCategorical(logits=outputs)
+        mean, std = outputs.chunk(2, -1)
         std = 0.9 * torch.sigmoid(std + 2) + 0.1  # between 0.1 and 1, at first 0.9
         return td.Independent(td.Normal(torch.tanh(mean), std), 1)
 
@@ -345,8 +348,7 @@ class PixelEnv(gym.Wrapper):
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         self.where = f"{self.env_id}, episode with seed {seed}"
-        # A seed of its own: random actions (5.1) must not repeat the environment's numbers.
-        self.action_space.seed(None if seed is None else seed + 2**40)
+        self.action_space.seed(None if seed is None else seed + 2**40)  # apart from env's draws
         with explain(self.where):
             _, info = self.env.reset(seed=seed, options=options)
             self.remember(np.zeros(flatdim(self.action_space)), is_first=True)
@@ -384,9 +386,8 @@ class Agent(nn.Module):
         self.config, self.action_space = config, action_space
         with explain(f"networks on --device {config.device}"):
             self.world_model = WorldModel(flatdim(action_space), config, encoder, rssm)
-            feat_size = self.world_model.rssm.feat_size
-            self.actor = Actor(feat_size, action_space, config.units)
-            self.critic = Critic(feat_size, config.units, layers=2)
+            self.actor = Actor(self.world_model.rssm.feat_size, action_space, config.units)
+            self.critic = Critic(self.world_model.rssm.feat_size, config.units, layers=2)
             self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
             self.register_buffer("return_range", torch.zeros(2))  # two percentiles, Eq. 3.4
             self.to(config.device)
@@ -517,12 +518,12 @@ def update_world_model(agent: Agent, batch: dict[str, Tensor], anneal: float = 1
 
 # %% [markdown]
 # # Section 3: Behavior Learning (3.1 imagine, 3.2 lambda_return, 3.3 update_behavior)
-# The actor dreams H steps from N real states. The heads predict r and c, the critic predicts v.
 # - Eq. 3.1 `a_t ~ pi(. | h_t, z_t)`, `h_{t+1} = f(h_t, z_t, a_t)`, `z_{t+1} ~ p(. | h_{t+1})`
 # - Eq. 3.2 `R_t = r_{t+1} + gamma c_{t+1} ((1 - lam) v_{t+1} + lam R_{t+1})`, `R_H = v_H`
 # - Eq. 3.3 `w_t = c_0 (gamma c_1) ... (gamma c_t)`: discounted chance to be alive
 # - Eq. 3.4 `scale = max(1, running mean of (95th - 5th percentile of R))`
 # - Eq. 3.5 `actor loss = -mean w_t (sg((R_t - v_t) / scale) ln pi(a_t | h_t, z_t) + eta entropy)`
+#   For a Box of n numbers eta is divided by n^2, and each output x adds `0.01 max(0, |x| - 3)^2`.
 # - Eq. 3.6 `critic loss = mean w_t (CE(R_t) + CE(slow critic's v_t))`, CE: two-hot cross-entropy
 # %% 3.1 Imagination
 def imagine(model: WorldModel, actor: Actor, feat: Tensor, horizon: int) -> tuple[Tensor, Tensor]:
@@ -558,20 +559,21 @@ def update_behavior(agent: Agent, start: Tensor, anneal: float = 1.0) -> dict[st
 
     # Returns
     returns = lambda_return(reward, value, cont, config.gamma, config.lam)  # [H, N]
-    # A start can be terminated: then c_0 is near 0, and its dream hardly counts.
     factors = torch.cat([cont[:1], config.gamma * cont[1:-1]])  # [H, N] c_0, gamma c_1, ...
-    weight = sg(factors.cumprod(0))  # [H, N] Eq. 3.3
+    weight = sg(factors.cumprod(0))  # [H, N] Eq. 3.3: near 0 if the start is terminated
     percentiles = torch.quantile(returns, returns.new_tensor([0.05, 0.95]))  # [2]
     low, high = agent.return_range.lerp_(percentiles, config.return_rate)  # the running mean
     scale = (high - low).clamp(min=1.0)  # [] Eq. 3.4
 
     # Actor: REINFORCE with the baseline v_t, so no gradient has to pass through the dream
-    policy = agent.actor(feat)
+    outputs = agent.actor.net(feat)  # [H, N, A], or for a Box [H, N, 2 * A]
+    policy = agent.actor.policy(outputs)
     entropy = policy.entropy()  # [H, N]
     advantage = sg((returns - value[:-1]) / scale)  # [H, N]
-    eta = anneal * config.entropy / agent.actor.numbers  # the entropy is a sum over them
+    eta = anneal * config.entropy / agent.actor.numbers**2
     objective = advantage * policy.log_prob(sg(action)) + eta * entropy  # [H, N]
-    actor_loss = -(weight * objective).mean()  # [] Eq. 3.5
+    excess = nn.functional.relu(outputs.abs() - agent.actor.limit).square().sum(-1)  # [H, N]
+    actor_loss = 0.01 * excess.mean() - (weight * objective).mean()  # [] Eq. 3.5
 
     # Critic
     slow_value = sg(agent.slow_critic(feat))  # [H, N]
@@ -621,9 +623,8 @@ def train(config: Config, agent: Agent | None = None) -> Path:
             replay.add(env.row, agent.world_model.rssm.initial(1))
             state, repeat = None, False
             score, episode_start, metrics = 0.0, step, {}
-            # Repeats explore further. Every other episode has many in the prefill, and later while
-            # the spread of dreamed returns (the running mean in Eq. 3.4) is below 0.1 * its rate.
-            equal = agent.return_range.diff() < 0.1 * config.return_rate
+            # Every other episode has many repeats in the prefill, and while dreams pay the same.
+            equal = agent.return_range.diff() < 0.1 * config.return_rate  # their spread, Eq. 3.4
             chance = 0.75 if (step < config.prefill or equal) and episode % 2 else 0.02
 
             while not env.row["is_last"]:
@@ -705,8 +706,7 @@ class Log:
 # %% [markdown]
 # # Section 5: Self-Evaluation Metrics (5.1 evaluate, 5.2 dream_metrics), Section 6: Save Checkpoint
 # c' and r' are dreamed k <= 15 steps ahead, with the actions that were really taken.
-# The product c'_1 ... c'_{k-1} is the chance to be alive before step k.
-# - Eq. 5.1 Pearson correlation `reward_rho = corr(c'_1 ... c'_{k-1} r'_k, r_k)`
+# - Eq. 5.1 `reward_rho = corr(c'_1 ... c'_{k-1} r'_k, r_k)` (Pearson; alive before step k, then r')
 # - Eq. 5.2 `latent_entropy` (trajectory entropy): the prior's entropy along the actor's dreams
 # - Eq. 5.3 `policy_entropy`: of the actor in the same dreams
 # %% 5.1 Evaluation on unseen seeds

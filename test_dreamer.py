@@ -585,10 +585,8 @@ def test_lambda_return_equals_the_brute_force_sum(lam):
 
 def test_lambda_zero_is_one_step_and_lambda_one_is_the_discounted_sum():
     reward, value, cont = torch.tensor([[9.0, 1, 2, 4], [9, 10, 20, 30], [0, 1, 1, 1]])
-    one_step = dreamer.lambda_return(reward, value, cont, 0.5, 0.0)
-    assert one_step.tolist() == [1 + 5, 2 + 10, 4 + 15]
-    all_steps = dreamer.lambda_return(reward, value, cont, 0.5, 1.0)
-    assert all_steps.tolist() == [1 + (2 + 19 / 2) / 2, 2 + (4 + 15) / 2, 4 + 15]
+    returns = [dreamer.lambda_return(reward, value, cont, 0.5, lam).tolist() for lam in (0.0, 1.0)]
+    assert returns == [[1 + 5, 2 + 10, 4 + 15], [1 + (2 + 19 / 2) / 2, 2 + (4 + 15) / 2, 4 + 15]]
 
 
 def test_imagination_follows_prior_and_actor_without_environment(agent, monkeypatch):
@@ -625,8 +623,8 @@ def test_the_behavior_losses_are_those_of_the_equations(space, numbers, monkeypa
     with torch.no_grad():
         reward, cont = (x.tolist() for x in agent.world_model.predict(feat))
         value, slow = agent.critic(feat).tolist(), agent.slow_critic(feat[:-1])
-        policy = agent.actor(feat[:-1])
-        policy = policy if numbers > 1 else OneHotCategorical(logits=agent.actor.net(feat[:-1]))
+        policy, outputs = agent.actor(feat[:-1]), agent.actor.net(feat[:-1])
+        policy = policy if numbers > 1 else OneHotCategorical(logits=outputs)
         log_pi, entropy = policy.log_prob(action).tolist(), policy.entropy().tolist()
         columns = np.transpose([reward, value, cont], (2, 0, 1))  # [N, 3, H+1]
         returns = np.transpose([brute_force_return(*x, gamma, lam) for x in columns])
@@ -635,13 +633,15 @@ def test_the_behavior_losses_are_those_of_the_equations(space, numbers, monkeypa
         log_probs = agent.critic.net(feat[:-1]).log_softmax(-1)
         targets = torch.stack([torch.tensor(returns.copy()).float(), slow])
         fits = (twohot_encode(targets, BINS).sum(0) * log_probs).sum(-1).tolist()
-        actor_loss = critic_loss = 0.0
+        excess = sum(max(0.0, abs(x) - 3) ** 2 for x in outputs.flatten().tolist())
+        assert excess > 0  # but only a Box pays for outputs beyond 3
+        actor_loss, critic_loss = 0.01 * excess / (H * N) if numbers > 1 else 0.0, 0.0
         for n in range(N):
             weight = 1.0
             for t in range(H):
                 weight *= cont[0][n] if t == 0 else gamma * cont[t][n]
                 advantage = (returns[t][n] - value[t][n]) / scale
-                objective = advantage * log_pi[t][n] + 0.3 * entropy[t][n] / numbers
+                objective = advantage * log_pi[t][n] + 0.3 * entropy[t][n] / numbers**2
                 actor_loss -= weight * objective / (H * N)
                 critic_loss -= weight * fits[t][n] / (H * N)
     metrics = dreamer.update_behavior(agent, feat[0], anneal=0.5)

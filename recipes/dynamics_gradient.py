@@ -52,7 +52,7 @@ def update_behavior(agent: Agent, start: Tensor, anneal: float = 1.0) -> dict[st
 
     # In place of Eq. 3.5. gradient_step moves the actor alone.
     entropy = agent.actor(feat).entropy()  # [H, N]
-    eta = anneal * config.entropy / agent.actor.numbers
+    eta = anneal * config.entropy / agent.actor.numbers**2
     actor_loss = -(weight * (returns / scale + eta * entropy)).mean()  # []
     error = agent.critic.loss(feat, sg(returns), sg(agent.slow_critic(feat)))  # [H, N]
     critic_loss = (weight * error).mean()  # []
