@@ -266,7 +266,7 @@ class RSSM(nn.Module):
 
     def observe(self, embed: Tensor, prev_action: Tensor, is_first: Tensor, feat: Tensor):
         """Sequences [B, T, ...] after states [B, F] -> [B, T, F], posterior, prior [B, T, S, K]."""
-        keep = (~is_first).float().unsqueeze(-1)  # [B, T, 1]: state and action count as 0
+        keep = (~is_first).float().unsqueeze(-1)  # [B, T, 1]: 0 cuts off what was before
         prev_action = keep * prev_action
         feats, posts = [], []
         for t, embed_t in enumerate(embed.unbind(1)):  # embed[:, t] would have a slower gradient
