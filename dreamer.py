@@ -313,7 +313,7 @@ class Actor(nn.Module):
     def forward(self, feat: Tensor) -> td.Distribution:
         return self.policy(self.net(feat))
 
-    def policy(self, outputs: Tensor) -> td.Distribution:
+    def policy(self, outputs: Tensor) -> td.Distribution:  # outputs of self.net
         if self.discrete:
             return td.OneHotCategorical(logits=outputs)
         mean, std = outputs.chunk(2, -1)
